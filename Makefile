@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint compat-environments
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -22,3 +22,7 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# .compat/<version>/: transformers 4.57.6 to 5.23.0, one folder each, all on this environment's torch.
+compat-environments: $(READY)
+	$(BIN)/python tests/versions/environments.py

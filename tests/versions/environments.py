@@ -1,0 +1,123 @@
+"""Make one folder per transformers version that shares this interpreter's torch.
+
+    python tests/versions/environments.py            # every version of PINS
+    python tests/versions/environments.py 4.57.6 5.23.0
+
+makes `.compat/<version>/`, which holds transformers and the few packages whose version depends on it
+(tokenizers, huggingface_hub and its HTTP client) and nothing else. A program then runs on that version with
+
+    PYTHONPATH=.compat/<version> python program.py
+
+while torch, numpy, safetensors and the rest still come from the interpreter's own site-packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2] / ".compat"
+STAMP = ".pins"
+
+_HUB_0 = (
+    "huggingface_hub==0.36.2",
+    "requests==2.34.2",
+    "urllib3==2.8.0",
+    "certifi==2026.10.19.post1",
+    "charset-normalizer==3.5.2",
+)
+_HUB_1 = ("huggingface_hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9", "certifi==2026.10.19.post1")
+_HUB_2 = ("huggingface_hub==2.4.0", "httpx2==2.16.2", "httpcore2==2.16.2", "truststore==0.10.5")
+
+# What transformers itself asks for, newest of each at the time of writing.
+PINS: Mapping[str, tuple[str, ...]] = {
+    "4.57.6": ("tokenizers==0.22.2", *_HUB_0),
+    "5.0.0": ("tokenizers==0.22.2", "typer-slim==0.24.0", *_HUB_1),
+    "5.4.0": ("tokenizers==0.22.2", *_HUB_1),
+    "5.8.0": ("tokenizers==0.22.2", *_HUB_1),
+    "5.12.1": ("tokenizers==0.22.2", *_HUB_1),
+    "5.17.0": ("tokenizers==0.23.3", *_HUB_1),
+    "5.20.2": ("tokenizers==0.23.3", *_HUB_2),
+    "5.23.0": ("tokenizers==0.23.3", *_HUB_2),
+}
+
+
+def requirements(version: str) -> list[str]:
+    """Return the requirement lines of one transformers version; ValueError for a version without pins."""
+    if version not in PINS:
+        raise ValueError(f"transformers {version} has no pins; the versions with pins are {', '.join(PINS)}.")
+    return [f"transformers=={version}", *PINS[version]]
+
+
+def environment_variables(version: str) -> dict[str, str]:
+    """Return this process's environment with `.compat/<version>` first on the import path, and offline."""
+    folder = make_environment(version)
+    return {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def make_environment(version: str) -> Path:
+    """Make `.compat/<version>` if it is absent or its pins changed, and return its path.
+
+    The folder appears under its name only after an import in a fresh interpreter showed the pinned versions.
+    """
+    wanted = requirements(version)
+    folder = ROOT / version
+    if _stamp(folder) == wanted:
+        return folder
+    partial = ROOT / f".{version}.{os.getpid()}"
+    try:
+        _install(wanted, partial)
+        _check(partial, wanted)
+        (partial / STAMP).write_text("\n".join(wanted) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _stamp(folder: Path) -> list[str]:
+    path = folder / STAMP
+    return path.read_text().split() if path.is_file() else []
+
+
+def _install(wanted: Sequence[str], folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*command, "--no-deps", "--target", str(folder), *wanted], check=True)
+
+
+def _check(folder: Path, wanted: Sequence[str]) -> None:
+    """Raise RuntimeError unless a fresh interpreter imports the pinned versions from `folder`."""
+    names = ("transformers", "tokenizers", "huggingface_hub")
+    program = (
+        f"import torch, {', '.join(names)}\nfor m in ({', '.join(names)}): print(m.__version__, m.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"transformers cannot be imported from {folder}:\n{run.stderr}")
+    pins = dict(line.split("==") for line in wanted if "==" in line)
+    for name, line in zip(names, run.stdout.splitlines(), strict=True):
+        version, path = line.split(" ", 1)
+        if version != pins[name] or not path.startswith(str(folder)):
+            raise RuntimeError(
+                f"{name} {version} was imported from {path}; expected {pins[name]} in {folder}."
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "versions", nargs="*", default=list(PINS), help=f"of {', '.join(PINS)} (default: all)"
+    )
+    for version in parser.parse_args().versions:
+        print(make_environment(version))
+
+
+if __name__ == "__main__":
+    main()
