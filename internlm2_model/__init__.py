@@ -1,0 +1,17 @@
+"""InternLM2 for Hugging Face transformers: configuration, models and tokenizer."""
+
+from .configuration_internlm2 import InternLM2Config
+from .modeling_internlm2 import (
+    InternLM2ForCausalLM,
+    InternLM2ForSequenceClassification,
+    InternLM2Model,
+)
+from .tokenization_internlm2 import InternLM2Tokenizer
+
+__all__ = [
+    "InternLM2Config",
+    "InternLM2ForCausalLM",
+    "InternLM2ForSequenceClassification",
+    "InternLM2Model",
+    "InternLM2Tokenizer",
+]

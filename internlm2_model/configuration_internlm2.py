@@ -1,0 +1,240 @@
+"""Configuration of the InternLM2 models."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transformers.configuration_utils import PretrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_internlm2.InternLM2Config",
+    "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
+    "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_internlm2.InternLM2ForSequenceClassification",
+}
+
+# What config.json may call a rotary type, and what it is called here.
+ROPE_TYPES = {"default": "origin", "origin": "origin", "linear": "linear", "dynamic": "dynamic"}
+
+
+class Rope(NamedTuple):
+    """Rotary settings: base frequency, scaling type ("origin", "linear" or "dynamic") and scaling factor."""
+
+    theta: float
+    type: str
+    factor: float
+
+
+def _dict_fields(name: str, value: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What a `rope_scaling` or `rope_parameters` dict states: {where it is said: {field: value}}."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be None or a dict such as {{'type': 'dynamic', 'factor': 2.0}}, not {value!r}.")
+    return {
+        name: {"theta": value.get("rope_theta"), "factor": value.get("factor")},
+        f"{name}['type']": {"type": value.get("type")},
+        f"{name}['rope_type']": {"type": value.get("rope_type")},
+    }
+
+
+def _merge_rope(statements: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Join what several spellings state about {theta, type, factor}; None states nothing.
+
+    Raises:
+        ValueError: two spellings contradict each other, or a type is unknown.
+    """
+    merged: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
+    for spelling, fields in statements.items():
+        for field, value in fields.items():
+            if value is None:
+                continue
+            if field == "type":
+                if value not in ROPE_TYPES:
+                    raise ValueError(f"{spelling} is {value!r}; InternLM2 knows {', '.join(ROPE_TYPES)}.")
+                value = ROPE_TYPES[value]
+            if merged.setdefault(field, value) != value:
+                raise ValueError(
+                    f"The rotary {field} is stated twice and differently: {said_by[field]} says "
+                    f"{merged[field]!r}, {spelling} says {value!r}. Make them agree or remove one of them."
+                )
+            said_by.setdefault(field, spelling)
+    return merged
+
+
+def _checked_rope(theta: float, type: str, factor: float | None) -> Rope:
+    """A Rope whose factor is 1.0 without scaling and at least 1 with it; ValueError otherwise."""
+    if type == "origin":
+        return Rope(theta, type, 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
+        raise ValueError(f"Rotary scaling of type {type!r} needs a factor of at least 1, but has {factor!r}.")
+    return Rope(theta, type, factor)
+
+
+class InternLM2Config(PretrainedConfig):
+    """Shape and settings of an InternLM2 model.
+
+    The rotary setting has three spellings, all read and all written: `rope_theta` (a number), `rope_scaling`
+    (None, or {"type": "linear" | "dynamic", "factor": at least 1}; "rope_type" serves as "type") and
+    `rope_parameters` ({"rope_theta", "rope_type", "factor"}). They may be given together if they agree.
+
+    Args:
+        vocab_size: rows of the embedding and of the output head.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the model's shape.
+        num_key_value_heads: key/value heads, each shared by num_attention_heads / num_key_value_heads query
+            heads; None means one per query head.
+        hidden_act: activation of the feed-forward gate.
+        max_position_embeddings: trained context length in tokens; dynamic NTK scaling starts beyond it.
+        initializer_range: standard deviation of fresh weights.
+        rms_norm_eps: epsilon of the RMS norms.
+        use_cache: return the key/value cache unless told otherwise (never by itself while training).
+        bias: biases in `wqkv` and `wo`.
+        attn_implementation: "eager", "sdpa", "flash_attention_2" or "flex_attention"; kept in config.json. An
+            `attn_implementation` passed to `from_pretrained` goes before it, for that load only.
+
+    Raises:
+        ValueError: sizes that do not divide, or rotary settings that are unknown or contradict each other.
+    """
+
+    model_type = "internlm2"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads this class attribute)
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.attention.wqkv": "colwise",
+        "layers.*.attention.wo": "rowwise",
+        "layers.*.feed_forward.w1": "colwise",
+        "layers.*.feed_forward.w3": "colwise",
+        "layers.*.feed_forward.w2": "rowwise",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 103168,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        bias: bool = True,
+        rope_theta: float | None = None,
+        rope_scaling: dict[str, Any] | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if num_key_value_heads is None:
+            num_key_value_heads = num_attention_heads
+        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads "
+                f"({num_attention_heads}), and that a multiple of num_key_value_heads ({num_key_value_heads})."
+            )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.bias = bias
+        self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
+
+        statements = {
+            "rope_theta": {"theta": rope_theta},
+            **_dict_fields("rope_scaling", rope_scaling),
+            **_dict_fields("rope_parameters", rope_parameters),
+        }
+        self._rope = _checked_rope(**{"theta": 10000, "type": "origin", "factor": None, **_merge_rope(statements)})
+        self._stored_attn_implementation = attn_implementation or "eager"
+        kwargs.update(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            attn_implementation=self._stored_attn_implementation,
+        )
+        super().__init__(**kwargs)
+
+    def rope(self) -> Rope:
+        """The rotary setting, whichever spelling it came in."""
+        return self._rope
+
+    # transformers 5 makes `rope_scaling` an alias of `rope_parameters` and rewrites both; 4.57 knows the
+    # former only. As properties over one setting they read the same in every version, and may be assigned.
+    @property
+    def rope_theta(self) -> float:
+        return self._rope.theta
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self._rope = self._rope._replace(theta=value)
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        _, type, factor = self._rope
+        return None if type == "origin" else {"type": type, "factor": factor}
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        stated = _merge_rope(_dict_fields("rope_scaling", value))
+        self._rope = _checked_rope(**{"theta": self.rope_theta, "type": "origin", "factor": None, **stated})
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        theta, type, factor = self._rope
+        if type == "origin":
+            return {"rope_type": "default", "rope_theta": theta}
+        return {"rope_type": type, "rope_theta": theta, "factor": factor}
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: dict[str, Any] | None) -> None:
+        stated = _merge_rope(_dict_fields("rope_parameters", value))
+        self._rope = _checked_rope(**{"theta": self.rope_theta, "type": "origin", "factor": None, **stated})
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """The attention backend in use. Assigning it also changes what config.json will say."""
+        return self._attn_implementation
+
+    @attn_implementation.setter
+    def attn_implementation(self, value: str) -> None:
+        self._stored_attn_implementation = value
+        self._attn_implementation = value
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in PretrainedConfig; config.json's "attn_implementation" holds unless the caller names one."""
+        requested = kwargs.pop("attn_implementation", None)
+        stored = config_dict.get("attn_implementation")
+        loaded = super().from_dict(dict(config_dict), attn_implementation=stored, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if requested is not None:
+            config._attn_implementation = requested
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json, the same from every transformers version: all spellings of the rotary
+        setting and of the dtype, so that readers of the raw file find theirs."""
+        raw = super().to_dict()
+        raw.pop("_rope", None)
+        raw["attn_implementation"] = raw.pop("_stored_attn_implementation")
+        raw["rope_theta"] = self.rope_theta
+        raw["rope_scaling"] = self.rope_scaling
+        raw["rope_parameters"] = self.rope_parameters
+        if raw.get("dtype") is not None:
+            raw["torch_dtype"] = raw["dtype"]
+        return raw
