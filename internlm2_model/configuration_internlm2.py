@@ -17,6 +17,10 @@ AUTO_MAP = {
 ROPE_TYPES = {"default": "origin", "origin": "origin", "linear": "linear", "dynamic": "dynamic"}
 
 
+# Where a spelling of the rotary setting states which part of it.
+ROPE_KEYS = {"rope_theta": "theta", "type": "type", "rope_type": "type", "factor": "factor"}
+
+
 class Rope(NamedTuple):
     """Rotary settings: base frequency, scaling type ("origin", "linear" or "dynamic") and scaling factor."""
 
@@ -25,51 +29,43 @@ class Rope(NamedTuple):
     factor: float
 
 
-def _dict_fields(name: str, value: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What a `rope_scaling` or `rope_parameters` dict states: {where it is said: {field: value}}."""
+# Scaling has no default factor: 0 stands for "not stated" and is refused.
+DEFAULT_ROPE = Rope(10000, "origin", 0)
+
+
+def _statements(name: str, value: Any, keys: dict[str, str]) -> list[tuple[str, str, Any]]:
+    """What the dict `value` called `name` states: (where it is stated, field of Rope, value)."""
     if value is None:
-        return {}
+        return []
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be None or a dict such as {{'type': 'dynamic', 'factor': 2.0}}, not {value!r}.")
-    return {
-        name: {"theta": value.get("rope_theta"), "factor": value.get("factor")},
-        f"{name}['type']": {"type": value.get("type")},
-        f"{name}['rope_type']": {"type": value.get("rope_type")},
-    }
+        raise ValueError(f"{name} must be a dict or None, such as {{'type': 'dynamic', 'factor': 2.0}}, not {value!r}.")
+    return [(f"{name}[{key!r}]", field, value[key]) for key, field in keys.items() if value.get(key) is not None]
 
 
-def _merge_rope(statements: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Join what several spellings state about {theta, type, factor}; None states nothing.
+def _merged_rope(default: Rope, statements: list[tuple[str, str, Any]]) -> Rope:
+    """The setting that all statements agree on, `default` where they are silent.
 
     Raises:
-        ValueError: two spellings contradict each other, or a type is unknown.
+        ValueError: two statements contradict each other, a type is unknown, or a scaling factor is unfit.
     """
     merged: dict[str, Any] = {}
-    said_by: dict[str, str] = {}
-    for spelling, fields in statements.items():
-        for field, value in fields.items():
-            if value is None:
-                continue
-            if field == "type":
-                if value not in ROPE_TYPES:
-                    raise ValueError(f"{spelling} is {value!r}; InternLM2 knows {', '.join(ROPE_TYPES)}.")
-                value = ROPE_TYPES[value]
-            if merged.setdefault(field, value) != value:
-                raise ValueError(
-                    f"The rotary {field} is stated twice and differently: {said_by[field]} says "
-                    f"{merged[field]!r}, {spelling} says {value!r}. Make them agree or remove one of them."
-                )
-            said_by.setdefault(field, spelling)
-    return merged
-
-
-def _checked_rope(theta: float, type: str, factor: float | None) -> Rope:
-    """A Rope whose factor is 1.0 without scaling and at least 1 with it; ValueError otherwise."""
-    if type == "origin":
-        return Rope(theta, type, 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
-        raise ValueError(f"Rotary scaling of type {type!r} needs a factor of at least 1, but has {factor!r}.")
-    return Rope(theta, type, factor)
+    stated_by: dict[str, str] = {}
+    for source, field, value in statements:
+        if field == "type" and value not in ROPE_TYPES:
+            raise ValueError(f"{source} is {value!r}; InternLM2 knows {', '.join(ROPE_TYPES)}.")
+        value = ROPE_TYPES[value] if field == "type" else value
+        if merged.setdefault(field, value) != value:
+            raise ValueError(
+                f"The rotary {field} is stated twice and differently: {stated_by[field]} is {merged[field]!r}, "
+                f"{source} is {value!r}. Make them agree or remove one of them."
+            )
+        stated_by.setdefault(field, source)
+    rope = default._replace(**merged)
+    if rope.type == "origin":
+        return rope._replace(factor=1.0)
+    if isinstance(rope.factor, bool) or not isinstance(rope.factor, (int, float)) or rope.factor < 1:
+        raise ValueError(f"Rotary scaling of type {rope.type!r} needs a factor of at least 1, not {rope.factor!r}.")
+    return rope
 
 
 class InternLM2Config(PretrainedConfig):
@@ -153,12 +149,14 @@ class InternLM2Config(PretrainedConfig):
         self.bias = bias
         self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
 
-        statements = {
-            "rope_theta": {"theta": rope_theta},
-            **_dict_fields("rope_scaling", rope_scaling),
-            **_dict_fields("rope_parameters", rope_parameters),
-        }
-        self._rope = _checked_rope(**{"theta": 10000, "type": "origin", "factor": None, **_merge_rope(statements)})
+        self._rope = _merged_rope(
+            DEFAULT_ROPE,
+            [
+                *_statements("config", {"rope_theta": rope_theta}, ROPE_KEYS),
+                *_statements("rope_scaling", rope_scaling, ROPE_KEYS),
+                *_statements("rope_parameters", rope_parameters, ROPE_KEYS),
+            ],
+        )
         self._stored_attn_implementation = attn_implementation or "eager"
         kwargs.update(
             pad_token_id=pad_token_id,
@@ -190,8 +188,8 @@ class InternLM2Config(PretrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        stated = _merge_rope(_dict_fields("rope_scaling", value))
-        self._rope = _checked_rope(**{"theta": self.rope_theta, "type": "origin", "factor": None, **stated})
+        unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
+        self._rope = _merged_rope(unscaled, _statements("rope_scaling", value, ROPE_KEYS))
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -202,8 +200,8 @@ class InternLM2Config(PretrainedConfig):
 
     @rope_parameters.setter
     def rope_parameters(self, value: dict[str, Any] | None) -> None:
-        stated = _merge_rope(_dict_fields("rope_parameters", value))
-        self._rope = _checked_rope(**{"theta": self.rope_theta, "type": "origin", "factor": None, **stated})
+        unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
+        self._rope = _merged_rope(unscaled, _statements("rope_parameters", value, ROPE_KEYS))
 
     @property
     def attn_implementation(self) -> str | None:

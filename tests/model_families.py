@@ -9,6 +9,7 @@ import torch
 from golden import Golden
 
 import internlm2_model
+import internlm_model
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Family:
 
 
 INTERNLM2 = Family("internlm2", internlm2_model, "InternLM2")
-FAMILIES = [INTERNLM2]
+INTERNLM = Family("internlm", internlm_model, "InternLM")
+FAMILIES = [INTERNLM, INTERNLM2]
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""Every difference between transformers 4.57.6 and 5.23 that the InternLM model has to know."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.masking_utils import create_causal_mask
+
+# Tensor-parallel style "columns, gathered again": renamed during 5.x; 4.57 and 5.0 know the second name only.
+GATHERED_COLUMNS = "colwise_gather_output" if "colwise_gather_output" in ALL_PARALLEL_STYLES else "colwise_rep"
+
+_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+
+
+def causal_mask(
+    config: Any,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Any,
+    position_ids: torch.Tensor | None,
+) -> Any:
+    """What the attention backend of `config` takes as a mask, or None where it needs none.
+
+    Args:
+        inputs_embeds: [B, T, H].
+        attention_mask: [B, past + T], 1 = real token; a 4-D mask is returned as it is.
+        position_ids: [B, T] where they may describe packed sequences, else None.
+    """
+    arguments = {
+        "config": config,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+        # 4.57 and the first 5.x say input_embeds, later ones inputs_embeds.
+        "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds": inputs_embeds,
+    }
+    if "cache_position" in _MASK_PARAMETERS:  # 4.57 and the first 5.x
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+    return create_causal_mask(**arguments)
+
+
+def attended_length(past_key_values: Any, length: int) -> int:
+    """Number S of slots that attention reads after `length` new tokens entered the cache."""
+    if "query_length" in inspect.signature(past_key_values.get_mask_sizes).parameters:
+        return past_key_values.get_mask_sizes(length, 0)[0]
+    return past_key_values.get_mask_sizes(torch.arange(length), 0)[0]  # 4.57 and the first 5.x

@@ -1,0 +1,259 @@
+"""Configuration of the InternLM models."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transformers.configuration_utils import PretrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_internlm.InternLMConfig",
+    "AutoModel": "modeling_internlm.InternLMForCausalLM",
+    "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_internlm.InternLMForSequenceClassification",
+}
+
+# What config.json may call a rotary type, and what it is called here.
+ROPE_TYPES = {"default": "origin", "origin": "origin", "linear": "linear", "dynamic": "dynamic"}
+
+
+# Where a spelling of the rotary setting states which part of it.
+ROPE_KEYS = {"rope_theta": "theta", "type": "type", "rope_type": "type", "factor": "factor"}
+ROTARY_KEYS = {"base": "theta", "type": "type", "scaling_factor": "factor"}
+
+
+class Rope(NamedTuple):
+    """Rotary settings: base frequency, scaling type ("origin", "linear" or "dynamic") and scaling factor."""
+
+    theta: float
+    type: str
+    factor: float
+
+
+# What the published configs say, most of them without a factor.
+DEFAULT_ROPE = Rope(10000, "dynamic", 1.0)
+
+
+def _statements(name: str, value: Any, keys: dict[str, str]) -> list[tuple[str, str, Any]]:
+    """What the dict `value` called `name` states: (where it is stated, field of Rope, value)."""
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict or None, such as {{'type': 'dynamic'}}, not {value!r}.")
+    return [(f"{name}[{key!r}]", field, value[key]) for key, field in keys.items() if value.get(key) is not None]
+
+
+def _merged_rope(default: Rope, statements: list[tuple[str, str, Any]]) -> Rope:
+    """The setting that all statements agree on, `default` where they are silent.
+
+    Raises:
+        ValueError: two statements contradict each other, a type is unknown, or a scaling factor is unfit.
+    """
+    merged: dict[str, Any] = {}
+    stated_by: dict[str, str] = {}
+    for source, field, value in statements:
+        if field == "type" and value not in ROPE_TYPES:
+            raise ValueError(f"{source} is {value!r}; InternLM knows {', '.join(ROPE_TYPES)}.")
+        value = ROPE_TYPES[value] if field == "type" else value
+        if merged.setdefault(field, value) != value:
+            raise ValueError(
+                f"The rotary {field} is stated twice and differently: {stated_by[field]} is {merged[field]!r}, "
+                f"{source} is {value!r}. Make them agree or remove one of them."
+            )
+        stated_by.setdefault(field, source)
+    rope = default._replace(**merged)
+    if rope.type == "origin":
+        return rope._replace(factor=1.0)
+    if isinstance(rope.factor, bool) or not isinstance(rope.factor, (int, float)) or rope.factor < 1:
+        raise ValueError(f"Rotary scaling of type {rope.type!r} needs a factor of at least 1, not {rope.factor!r}.")
+    return rope
+
+
+class InternLMConfig(PretrainedConfig):
+    """Shape and settings of an InternLM model.
+
+    The rotary setting has three spellings, all read and all written: `rotary`, the published one ({"base",
+    "type": "origin" | "linear" | "dynamic", "scaling_factor": at least 1}); `rope_theta` (a number) with
+    `rope_scaling` (None, or {"type": "linear" | "dynamic", "factor"}; "rope_type" serves as "type"); and
+    `rope_parameters` ({"rope_theta", "rope_type", "factor"}). They may be given together if they agree.
+    What none of them states is base 10000, type "dynamic" and factor 1.
+
+    Args:
+        vocab_size: rows of the embedding and of the output head.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the model's shape.
+        hidden_act: activation of the feed-forward gate.
+        max_position_embeddings: trained context length in tokens; dynamic NTK scaling starts beyond it.
+        initializer_range: standard deviation of fresh weights.
+        rms_norm_eps: epsilon of the RMS norms.
+        use_cache: return the key/value cache unless told otherwise (never by itself while training).
+        bias: biases in `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+        attn_implementation: "eager", "sdpa", "flash_attention_2" or "flex_attention"; kept in config.json. An
+            `attn_implementation` passed to `from_pretrained` goes before it, for that load only.
+
+    Raises:
+        ValueError: sizes that do not divide, or rotary settings that are unknown or contradict each other.
+    """
+
+    model_type = "internlm"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads this class attribute)
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 103168,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        bias: bool = True,
+        rotary: dict[str, Any] | None = None,
+        rope_theta: float | None = None,
+        rope_scaling: dict[str, Any] | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_attention_heads})."
+            )
+        # Readers of config.json look for num_key_value_heads, but this family shares no key/value heads.
+        num_key_value_heads = kwargs.pop("num_key_value_heads", num_attention_heads)
+        if num_key_value_heads != num_attention_heads:
+            raise ValueError(
+                f"InternLM has as many key/value heads as query heads ({num_attention_heads}), but "
+                f"num_key_value_heads is {num_key_value_heads}."
+            )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.bias = bias
+        self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
+
+        self._rope = _merged_rope(
+            DEFAULT_ROPE,
+            [
+                *_statements("rotary", rotary, ROTARY_KEYS),
+                *_statements("config", {"rope_theta": rope_theta}, ROPE_KEYS),
+                *_statements("rope_scaling", rope_scaling, ROPE_KEYS),
+                *_statements("rope_parameters", rope_parameters, ROPE_KEYS),
+            ],
+        )
+        self._stored_attn_implementation = attn_implementation or "eager"
+        kwargs.update(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            attn_implementation=self._stored_attn_implementation,
+        )
+        super().__init__(**kwargs)
+
+    def rope(self) -> Rope:
+        """The rotary setting, whichever spelling it came in."""
+        return self._rope
+
+    # transformers 5 makes `rope_scaling` an alias of `rope_parameters` and rewrites both; 4.57 knows the
+    # former only. As properties over one setting they read the same in every version, and may be assigned.
+    @property
+    def rotary(self) -> dict[str, Any]:
+        theta, type, factor = self._rope
+        if type == "origin":
+            return {"base": theta, "type": type}
+        return {"base": theta, "type": type, "scaling_factor": factor}
+
+    @rotary.setter
+    def rotary(self, value: dict[str, Any]) -> None:
+        default = DEFAULT_ROPE._replace(theta=self.rope_theta)
+        self._rope = _merged_rope(default, _statements("rotary", value, ROTARY_KEYS))
+
+    @property
+    def rope_theta(self) -> float:
+        return self._rope.theta
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self._rope = self._rope._replace(theta=value)
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        _, type, factor = self._rope
+        return None if type == "origin" else {"type": type, "factor": factor}
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
+        self._rope = _merged_rope(unscaled, _statements("rope_scaling", value, ROPE_KEYS))
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        theta, type, factor = self._rope
+        if type == "origin":
+            return {"rope_type": "default", "rope_theta": theta}
+        return {"rope_type": type, "rope_theta": theta, "factor": factor}
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: dict[str, Any] | None) -> None:
+        unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
+        self._rope = _merged_rope(unscaled, _statements("rope_parameters", value, ROPE_KEYS))
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """The attention backend in use. Assigning it also changes what config.json will say."""
+        return self._attn_implementation
+
+    @attn_implementation.setter
+    def attn_implementation(self, value: str) -> None:
+        self._stored_attn_implementation = value
+        self._attn_implementation = value
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in PretrainedConfig; config.json's "attn_implementation" holds unless the caller names one."""
+        requested = kwargs.pop("attn_implementation", None)
+        stored = config_dict.get("attn_implementation")
+        loaded = super().from_dict(dict(config_dict), attn_implementation=stored, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if requested is not None:
+            config._attn_implementation = requested
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json, the same from every transformers version: all spellings of the rotary
+        setting and of the dtype, so that readers of the raw file find theirs."""
+        raw = super().to_dict()
+        raw.pop("_rope", None)
+        raw["attn_implementation"] = raw.pop("_stored_attn_implementation")
+        raw["rotary"] = self.rotary
+        raw["rope_theta"] = self.rope_theta
+        raw["rope_scaling"] = self.rope_scaling
+        raw["rope_parameters"] = self.rope_parameters
+        if raw.get("dtype") is not None:
+            raw["torch_dtype"] = raw["dtype"]
+        return raw

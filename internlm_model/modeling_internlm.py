@@ -1,0 +1,635 @@
+"""InternLM (the first generation) in plain PyTorch, for transformers 4.57 to 5.x.
+
+Shapes: B batch, T new tokens, S tokens attended to (cached and new), H hidden size, h heads, d = H / h head
+dimension, V vocabulary.
+
+With dynamic NTK scaling this family caches its keys before rotation, and every pass rotates all of them with the
+base that the sequence's length now calls for. Without it, rotated keys are cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .compat_internlm import GATHERED_COLUMNS, attended_length, causal_mask
+from .configuration_internlm import InternLMConfig
+
+PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
+
+
+class InternLMRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class InternLMRotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al., 2021), computed from the positions at every forward pass.
+
+    It holds no tables: a pass depends on its own input alone. Of the scaling types, "origin" is none,
+    "linear" divides positions by the factor, and "dynamic" (NTK-aware) raises the base with the length L of
+    a sequence beyond max_position_embeddings M:
+
+        base' = base * (factor * L / M - (factor - 1)) ** (d / (d - 2))
+
+    Up to M the bracket is at most 1 and clamped there, which keeps the base without a branch on data.
+    """
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__()
+        self.rope = config.rope()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.max_position_embeddings = config.max_position_embeddings
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> PositionEmbeddings:
+        """
+        Args:
+            position_ids: [B, T].
+            lengths: length of the sequence a token belongs to, [B, T], or [B, 1] with one sequence a row.
+            dtype: of the result; the computation is in float32.
+
+        Returns:
+            cos and sin, [B, T, 1, d]; the first half of sin is negative, as `rotate` wants it.
+        """
+        theta, scaling, factor = self.rope
+        positions = position_ids.float()
+        base: float | torch.Tensor = theta
+        if scaling == "linear":
+            positions = positions / factor
+        elif scaling == "dynamic":
+            stretch = factor * lengths.float() / self.max_position_embeddings - (factor - 1)
+            base = theta * stretch.clamp(min=1).unsqueeze(-1) ** (self.head_dim / (self.head_dim - 2))  # [B, T | 1, 1]
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # [B, T, d / 2]
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), -1).unsqueeze(2), torch.cat((-sin, sin), -1).unsqueeze(2)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (x1[i], x2[i]) of the two halves of every head: (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Three kernels: the halves swapped, one product, one fused multiply-add with the sign kept in `sin`.
+    """
+    first, second = states.chunk(2, dim=-1)
+    return torch.addcmul(states * cos, torch.cat((second, first), dim=-1), sin)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scaling + mask) v.
+
+    Args:
+        query: [B, h, T, d]; key and value: [B, h, S, d].
+        attention_mask: None or additive, broadcast to [B, h, T, S].
+
+    Returns:
+        The output [B, T, h, d] and the attention weights [B, h, T, S].
+    """
+    scores = (query * scaling) @ key.transpose(2, 3)  # [B, h, T, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # The softmax kernels add up in float32 whatever dtype they read and write.
+    weights = F.softmax(scores, dim=-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class InternLMAttention(nn.Module):
+    """Causal multi-head attention; the backend is a function named by the config."""
+
+    def __init__(self, config: InternLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: PositionEmbeddings,
+        key_position_embeddings: PositionEmbeddings | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, H] -> ([B, T, H], attention weights [B, h, T, S] where the backend gives them).
+
+        With key_position_embeddings, those of all S keys, keys are cached before rotation.
+        """
+        query = rotate(self._split_heads(self.q_proj(hidden_states)), *position_embeddings).transpose(1, 2)
+        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, h, d]
+        value = self._split_heads(self.v_proj(hidden_states)).transpose(1, 2)  # [B, h, T, d]
+        if key_position_embeddings is None:
+            key = rotate(key, *position_embeddings)
+        key = key.transpose(1, 2)  # [B, h, T, d]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, h, S, d]
+        if key_position_embeddings is not None:
+            key = rotate(key.transpose(1, 2), *key_position_embeddings).transpose(1, 2)  # [B, h, S, d]
+
+        backend = self.config._attn_implementation
+        attend: Callable = eager_attention_forward if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """[B, T, rows] -> [B, T, h, d]; h is this process's share under tensor parallelism.
+
+        Raises:
+            ValueError: the projection was cut inside a head.
+        """
+        if projected.shape[-1] % self.head_dim:
+            raise ValueError(
+                f"This process holds {projected.shape[-1]} rows of an attention projection, no multiple of the "
+                f"head dimension {self.head_dim}. The tensor-parallel size must divide num_attention_heads "
+                f"({self.config.num_attention_heads})."
+            )
+        return projected.unflatten(-1, (-1, self.head_dim))
+
+
+class InternLMMLP(nn.Module):
+    """Gated feed-forward network: down(act(gate x) * up x)."""
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class InternLMDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then feed-forward, each on the normed input and added to it."""
+
+    def __init__(self, config: InternLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = InternLMAttention(config, layer_idx)
+        self.mlp = InternLMMLP(config)
+        self.input_layernorm = InternLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = InternLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, H] -> ([B, T, H], attention weights or None); `kwargs` go to the attention."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class InternLMPreTrainedModel(PreTrainedModel):
+    """What all InternLM models share: fresh weights, supported features, and how a folder is loaded."""
+
+    config_class = InternLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternLMDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: InternLMConfig, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: FlashAttention is asked for in float32.
+        """
+        if config._attn_implementation is None:
+            config._attn_implementation = "eager"
+        if "flash" in config._attn_implementation and config.dtype == torch.float32:
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} computes in float16 or bfloat16 only, "
+                "but the model is to be in float32, the default. Pass dtype=torch.bfloat16, dtype=torch.float16 or "
+                'dtype="auto", or choose attn_implementation="sdpa".'
+            )
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in PreTrainedModel, with one rule for the dtype in every transformers version: `dtype` (or
+        `torch_dtype`) absent or None is float32, "auto" is that of config.json or else of the weights."""
+        dtype = kwargs.pop("dtype", None)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = next((given for given in (dtype, torch_dtype) if given is not None), torch.float32)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers would look for its own wording in this file to find out.
+        return True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # nn.init functions leave loaded weights alone; writing to `.data` would not, in transformers 5.0.
+        if isinstance(module, InternLMRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions [1, T] that restart at 0 with every sequence of a packed row.
+
+    Args:
+        cu_seqlens: offsets of the sequences' first tokens and the end of the last, [n + 1] or [1, n + 1].
+
+    Raises:
+        ValueError: several rows of offsets.
+    """
+    if cu_seqlens.dim() > 1 and cu_seqlens.shape[0] != 1:
+        raise ValueError(
+            "cu_seqlens must hold the offsets of one packed row, [n + 1] or [1, n + 1], "
+            f"but its shape is {list(cu_seqlens.shape)}."
+        )
+    offsets = cu_seqlens.flatten().long()
+    tokens = torch.arange(length, device=offsets.device)
+    sequence = torch.searchsorted(offsets, tokens, right=True) - 1
+    return (tokens - offsets[sequence]).unsqueeze(0)
+
+
+def padded_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, S] that count the real tokens of [B, S] only; padding before the first has 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def key_position_ids(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache
+) -> torch.Tensor:
+    """Positions [B, S] of cached and new keys, told from the new tokens' positions [B, T] and the padding.
+
+    Cached tokens are counted like new ones, and the count is moved so that the last new token has its position.
+    """
+    length = position_ids.shape[-1]
+    slots = attended_length(past_key_values, length)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        count = padded_position_ids(attention_mask)  # [B, past + T]
+        shift = position_ids[:, -1:] - count[:, -1:]
+        count = F.pad(count, (0, slots - count.shape[-1]))  # [B, S]; slots that are not filled are masked
+    else:
+        count = torch.arange(slots, device=position_ids.device)  # [S]
+        shift = position_ids[:, -1:] - (past_key_values.get_seq_length() + length - 1)
+    return (count + shift).clamp(min=0)
+
+
+def sequence_lengths(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, packed: torch.Tensor | None
+) -> torch.Tensor:
+    """Largest position + 1 of the sequence that a token belongs to: [B, 1], or [B, T] for packed rows.
+
+    Args:
+        position_ids: [B, T].
+        attention_mask: padding does not count where it is [B, past + T].
+        packed: positions [B, T] that restart with every packed sequence.
+    """
+    if packed is not None:
+        starts = F.pad(packed.diff(dim=-1) != 1, (1, 0))
+        number = starts.cumsum(-1).expand_as(position_ids)  # of the token's sequence within its row
+        largest = torch.zeros_like(position_ids).scatter_reduce(-1, number, position_ids, "amax")
+        return largest.gather(-1, number) + 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        position_ids = position_ids.masked_fill(attention_mask[:, -position_ids.shape[-1] :] == 0, 0)
+    return position_ids.amax(-1, keepdim=True) + 1
+
+
+def varlen_arguments(packed: torch.Tensor, max_seqlen: int | None) -> dict[str, Any]:
+    """The packed sequences of [B, T] as FlashAttention takes them, found once for all layers."""
+    starts = F.pad(packed.diff(dim=-1) != 1, (1, 0), value=True).flatten()
+    end = torch.tensor([starts.numel()], device=starts.device)
+    offsets = torch.cat((starts.nonzero().flatten(), end)).int()
+    longest = int(offsets.diff().max()) if max_seqlen is None else int(max_seqlen)
+    return {
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class InternLMModel(InternLMPreTrainedModel):
+    """The decoder without a head."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(InternLMDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.norm = InternLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = InternLMRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        indexes: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of T new tokens.
+
+        With dynamic NTK scaling and a sequence beyond max_position_embeddings, cached decoding is not equal
+        to one pass over the whole sequence: what the cache holds was computed under the smaller base of a
+        shorter sequence. Up to that length, and always with "origin" and "linear", the two are equal.
+
+        Args:
+            input_ids: [B, T], or else inputs_embeds: [B, T, H].
+            attention_mask: [B, past + T], 1 = real token, padding on either side; or additive [B, 1, T, S].
+            position_ids: [B, T]. Left out, real tokens are counted. Without a mask and a cache they may
+                restart at 0 within a row: the sequences packed into it do not see each other.
+            past_key_values: what an earlier pass returned.
+            use_cache: default is the config's, but False while training.
+            output_attentions: with attn_implementation="eager" only.
+            indexes, cu_seqlens, max_seqlen: how InternEvo describes a packed row: positions [T] or [1, T],
+                offsets of its sequences [n + 1] or [1, n + 1] (they replace a [B, T] attention_mask), and
+                the length of the longest.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds; attention weights wanted from another
+                backend than eager.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        backend = self.config._attn_implementation
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and backend != "eager":
+            raise ValueError(
+                'output_attentions needs the weights that only attn_implementation="eager" gives; '
+                f"this model runs {backend!r}."
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if isinstance(past_key_values, (tuple, list)):
+            past_key_values = DynamicCache(past_key_values)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, H]
+        length = hidden_states.shape[1]
+
+        if position_ids is None and indexes is not None:
+            position_ids = torch.atleast_2d(indexes)
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")  # the name in transformers' data collators
+        packed = None
+        if past_key_values is None and cu_seqlens is not None:
+            packed, attention_mask = packed_position_ids(cu_seqlens, length), None
+        elif past_key_values is None and attention_mask is None:
+            packed = position_ids
+        if position_ids is None:
+            position_ids = self._count_positions(hidden_states, attention_mask, past_key_values, packed)
+        if packed is not None and "flash" in backend and "cu_seq_lens_q" not in kwargs:
+            kwargs.update(varlen_arguments(packed.expand(len(hidden_states), -1), max_seqlen))
+
+        # transformers looks for packed sequences only where there is no cache: the mask comes before it.
+        mask = self._backend_mask(hidden_states, attention_mask, past_key_values, packed)
+        kwargs.update(self._position_embeddings(hidden_states, position_ids, attention_mask, past_key_values, packed))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        kwargs.update(attention_mask=mask, past_key_values=past_key_values)
+        all_hidden_states: list[torch.Tensor] = []
+        all_weights: list[torch.Tensor] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states, weights = layer(hidden_states, **kwargs)
+            if output_attentions:
+                all_weights.append(weights)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+
+    def _count_positions(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        packed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The positions [B or 1, T] of new tokens that came without any."""
+        if packed is not None:
+            return packed
+        length = hidden_states.shape[1]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return padded_position_ids(attention_mask)[:, -length:]
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+
+    def _backend_mask(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        packed: torch.Tensor | None,
+    ) -> Any:
+        """The mask as the attention backend takes it."""
+        # A single token sees everything before it, unless the cache has slots that are not filled yet.
+        preallocated = getattr(past_key_values, "is_compileable", False)
+        if hidden_states.shape[1] == 1 and attention_mask is None and not preallocated:
+            return None
+        return causal_mask(self.config, hidden_states, attention_mask, past_key_values, packed)
+
+    def _position_embeddings(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        packed: torch.Tensor | None,
+    ) -> dict[str, PositionEmbeddings]:
+        """cos and sin for all layers, in the dtype of their queries and keys."""
+        device = hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+        lengths = sequence_lengths(position_ids, attention_mask, packed)
+        new = self.rotary_emb(position_ids, lengths, dtype)
+        if self.rotary_emb.rope.type != "dynamic":
+            return {"position_embeddings": new}
+        if past_key_values is None:
+            return {"position_embeddings": new, "key_position_embeddings": new}
+        positions = key_position_ids(position_ids, attention_mask, past_key_values)
+        keys = self.rotary_emb(positions, lengths, dtype)
+        return {"position_embeddings": new, "key_position_embeddings": keys}
+
+
+class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
+    """The decoder with the output head over the vocabulary."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": GATHERED_COLUMNS}  # noqa: RUF012
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__(config)
+        self.model = InternLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits in the model's dtype, and the loss in float32.
+
+        Args:
+            labels: [B, T] token ids, -100 where there is no loss; shifted here, so they equal input_ids.
+            logits_to_keep: logits of the last n tokens only (0: of all), or of the given token indices.
+            Others: see InternLMModel.forward.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # [B, T or n, V]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class InternLMForSequenceClassification(InternLMPreTrainedModel):
+    """The decoder with a linear head on the last real token of each row."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)  # None only while a config is being built
+        self.model = InternLMModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits [B, num_labels] of each row's last real token.
+
+        The attention_mask tells which that is; without one it is the last that is not pad_token_id, or the
+        last at all where there are no input_ids or no pad_token_id.
+
+        Args:
+            labels: [B] classes, or [B] or [B, num_labels] values for regression and multi-label problems.
+            Others: see InternLMModel.forward.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # [B, T, H]
+        rows = torch.arange(len(hidden_states), device=hidden_states.device)
+        logits = self.score(hidden_states[rows, self._last_tokens(hidden_states, input_ids, attention_mask)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_tokens(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Column of each row's last real token, [B]."""
+        length = hidden_states.shape[1]
+        columns = torch.arange(length, device=hidden_states.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -length:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            return columns[-1:].expand(len(hidden_states))
+        return (columns * real.to(columns.device)).argmax(-1)
