@@ -1,0 +1,261 @@
+"""How fast the scripts convert and revert, beside `cp` of the same bytes and beside the plain way.
+
+    python benchmarks/conversion.py --preset 1.8b --tp 2 --pp 2 --runs 5
+
+Makes an InternEvo checkpoint of a real shape with random weights, then alternates, `--runs` times each:
+
+    start-up   the script's interpreter and imports alone       cp        cp -r of the source folder
+    convert    convert2hf, same type                            revert    back, same tensor-parallel size
+    cast       convert2hf to another 16-bit type                plain     torch.load all, merge, save_pretrained-like
+
+Every command is followed by `sync`, and its time counts, so that nobody's bytes are still only in memory. The floor is
+one read and one write of the bytes; beyond start-up, a run's ratio to `cp` says how close it comes. Medians are printed
+with the range, and the peak of anonymous and of all resident memory, sampled from /proc while the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+
+@dataclass(frozen=True)
+class Preset:
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+PRESETS = {
+    "tiny": Preset("internlm2", 256, 2, 4, 2, 512, 92544),
+    "1.8b": Preset("internlm2", 2048, 24, 16, 8, 8192, 92544),
+    "7b": Preset("internlm2", 4096, 32, 32, 8, 14336, 92544),
+    "20b": Preset("internlm2", 6144, 48, 48, 8, 16384, 92544),
+    "internlm-1.8b": Preset("internlm", 2048, 24, 16, 16, 5504 // 256 * 256, 103168),
+    "internlm-7b": Preset("internlm", 4096, 32, 32, 32, 11008, 103168),
+}
+
+
+def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: str) -> None:
+    """Random weights of `preset`, one layer's worth of them in memory at a time, in the shards of a tp x pp grid."""
+    import torch
+
+    from weight_conversion.families import FAMILIES
+    from weight_conversion.internevo_folder import MODEL_CONFIG
+    from weight_conversion.matching import part_shapes
+    from weight_conversion.rules import ModelShape
+
+    family = FAMILIES[preset.family]
+    shape = ModelShape(preset.hidden, preset.intermediate, preset.vocab, preset.layers, preset.heads, preset.kv_heads)
+    dtype = getattr(torch, dtype_name)
+    layout = family.layout_written(preset.family == "internlm", True, 2)
+    stem = "blocks" if preset.family == "internlm" else "layers"
+    per_stage = preset.layers // pp
+    folder.mkdir(parents=True)
+    for stage in range(pp):
+        states: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
+        for entry in family.table.entries(layout, shape):
+            name = entry.training[0]
+            layer = int(name.split(".")[1]) if name.startswith(stem + ".") else None
+            home = (
+                (pp - 1 if name.split(".")[0] in ("norm", "head", "output") else 0)
+                if layer is None
+                else layer // per_stage
+            )
+            if min(home, pp - 1) != stage:
+                continue
+            local = (
+                name if layer is None else name.replace(f"{stem}.{layer}.", f"{stem}.{layer - stage * per_stage}.", 1)
+            )
+            (size,) = part_shapes(entry, tp, shape)
+            shared = torch.randn(size, dtype=torch.float32).to(dtype)
+            for rank in entry.rule.holders(tp):
+                states[rank][local] = shared if entry.rule.replicated else torch.randn(size).to(dtype)
+        for rank, state in enumerate(states):
+            torch.save(state, folder / f"model_tp{rank}_pp{stage}.pt")
+    config = {
+        "hidden_size": preset.hidden,
+        "num_attention_heads": preset.heads,
+        "num_layers": preset.layers,
+        "vocab_size": preset.vocab,
+        "layer_norm_epsilon": 1e-5,
+        "dtype": dtype,
+        **({"num_kv_attention_heads": preset.kv_heads, "no_bias": True, "adapt_hf": True} if stem == "layers" else {}),
+    }
+    torch.save(config, folder / MODEL_CONFIG)
+    (folder / "source.json").write_text(json.dumps({"preset": vars(preset), "tp": tp, "pp": pp}))
+
+
+@dataclass
+class Series:
+    """Measurements of one command."""
+
+    wall: list[float] = field(default_factory=list)
+    user: list[float] = field(default_factory=list)
+    system: list[float] = field(default_factory=list)
+    anonymous: int = 0
+    resident: int = 0
+
+
+def measure(command: list[str], series: Series) -> None:
+    """Runs a command and `sync`; adds its times and memory."""
+    before = os.times()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY)
+    sampler = threading.Thread(target=_sample_memory, args=(process, series))
+    sampler.start()
+    _, errors = process.communicate()
+    sampler.join()
+    os.sync()
+    series.wall.append(time.perf_counter() - start)
+    after = os.times()
+    series.user.append(after.children_user - before.children_user)
+    series.system.append(after.children_system - before.children_system)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()}")
+
+
+def _sample_memory(process: subprocess.Popen[bytes], series: Series) -> None:
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:
+            return
+        found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmHWM"))}
+        series.anonymous = max(series.anonymous, found.get("RssAnon", 0))
+        series.resident = max(series.resident, found.get("VmHWM", 0))
+        time.sleep(0.005)
+
+
+PLAIN = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+source, target, tp, pp, layers = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6])
+target.mkdir()
+merged = {}
+for stage in range(pp):
+    states = [torch.load(source / f"model_tp{r}_pp{stage}.pt", map_location="cpu") for r in range(tp)]
+    for name in states[0]:
+        tensors = [state[name] for state in states if name in state]
+        if tensors[0].dim() == 1:
+            merged[f"{stage}.{name}"] = tensors[0].clone()
+        else:
+            columns = "wo." in name or "w2." in name or "embedding" in name or "out_proj" in name
+            merged[f"{stage}.{name}"] = torch.cat(tensors, 1 if columns else 0)
+save_file(merged, target / "model.safetensors", metadata={"format": "pt"})
+"""
+"""The usual converter: everything in memory, merged, saved."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="1.8b")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--pp", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max_shard", default="10GB")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / ".build" / "benchmark", help="where to work")
+    parser.add_argument(
+        "--plain", action="store_true", help="also run the plain way (needs the model's size in memory)"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model; default: a small one trained for the run")
+    parser.add_argument("--only", nargs="*", help="measure these alone: convert, cast, revert")
+    arguments = parser.parse_args()
+
+    preset = PRESETS[arguments.preset]
+    work = arguments.folder
+    source = work / f"{arguments.preset}_tp{arguments.tp}_pp{arguments.pp}_{arguments.dtype}"
+    if not (source / "source.json").exists():
+        shutil.rmtree(source, ignore_errors=True)
+        make_checkpoint(source, preset, arguments.tp, arguments.pp, arguments.dtype)
+    tokenizer = arguments.tokenizer or _small_tokenizer(work)
+    nbytes = sum(path.stat().st_size for path in source.glob("model_tp*.pt"))
+
+    python, family = sys.executable, preset.family
+    hf, back, copy = work / "hf", work / "back", work / "copy"
+    other = "float16" if arguments.dtype == "bfloat16" else "bfloat16"
+
+    def convert(dtype: str) -> list[str]:
+        script = [
+            python,
+            f"convert2hf_{family}.py",
+            "--src",
+            str(source),
+            "--tgt",
+            str(hf),
+            "--tokenizer",
+            str(tokenizer),
+        ]
+        return [*script, "--dtype", dtype, "--max_shard", arguments.max_shard]
+
+    revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
+    imports = "import weight_conversion.{0}, weight_conversion.families, weight_conversion.reporting"
+    commands: dict[str, tuple[list[str], list[Path]]] = {
+        "start-up": ([python, "-c", imports.format("convert")], []),
+        "cp": (["cp", "-r", str(source), str(copy)], [copy]),
+        "cast": (convert(other), [hf]),
+        "convert": (convert(arguments.dtype), [hf]),
+        "revert": ([*revert, "--embed_split"], [back]),
+    }
+    if arguments.plain:
+        sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
+        commands["plain"] = ([python, "-c", PLAIN, str(source), str(work / "plain"), *sizes], [work / "plain"])
+    if arguments.only:
+        commands = {name: value for name, value in commands.items() if name in ("start-up", "cp", *arguments.only)}
+
+    series = {name: Series() for name in commands}
+    for _ in range(arguments.runs):
+        for name, (command, outputs) in commands.items():
+            for output in outputs:
+                shutil.rmtree(output, ignore_errors=True)
+            os.sync()
+            measure(command, series[name])
+    for folder in (hf, back, copy, work / "plain"):
+        shutil.rmtree(folder, ignore_errors=True)
+    _print(arguments, nbytes, series)
+
+
+def _small_tokenizer(work: Path) -> Path:
+    from tests.tokenizer_fixture import train_tokenizer
+
+    return train_tokenizer(work / "tokenizer.model")
+
+
+def _print(arguments: argparse.Namespace, nbytes: int, series: dict[str, Series]) -> None:
+    print(
+        f"{arguments.preset}, tp {arguments.tp}, pp {arguments.pp}, {arguments.dtype}, {nbytes / 1e9:.2f} GB, ", end=""
+    )
+    print(f"max_shard {arguments.max_shard}, {os.cpu_count()} cores, {arguments.runs} runs each, median (range)\n")
+    startup, copying = (statistics.median(series[name].wall) for name in ("start-up", "cp"))
+    print("| run | wall s | user s | system s | GB/s | (wall - start-up) / cp | peak anonymous MB | peak resident MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, one in series.items():
+        wall, user, system = map(statistics.median, (one.wall, one.user, one.system))
+        own = 0.0 if name in ("cp",) else startup
+        ratio = "" if name == "start-up" else f"{(wall - own) / copying:.2f}"
+        rate = "" if name == "start-up" else f"{nbytes / 1e9 / wall:.2f}"
+        times = f"{wall:.2f} ({min(one.wall):.2f} - {max(one.wall):.2f}) | {user:.2f} | {system:.2f}"
+        print(f"| {name} | {times} | {rate} | {ratio} | {one.anonymous / 1024:.0f} | {one.resident / 1024:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Reverts an InternLM2 Hugging Face folder to a checkpoint that the InternEvo training framework loads."""
+
+import sys
+
+from weight_conversion.command_line import revert_parser, run_revert
+
+
+def main() -> int:
+    parser = revert_parser("revert_internlm2.py", "InternLM2", versions=False)
+    return run_revert("internlm2", parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""What the four scripts share on the command line. Imports nothing heavy: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import ConversionError
+
+ADVICE = {
+    errno.ENOSPC: "Nothing was written under --tgt; make room on its disk and run again.",
+    errno.EDQUOT: "Nothing was written under --tgt; your quota on its disk is used up.",
+    errno.EFBIG: "Nothing was written under --tgt; raise the limit on file sizes (ulimit -f) or lower --max_shard.",
+    errno.EROFS: "Nothing was written under --tgt; choose one on a disk that can be written.",
+    errno.EACCES: "Nothing was written under --tgt; check the permissions.",
+}
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that ends its error messages with an example of the right call."""
+
+    def __init__(self, description: str, example: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self._example = example
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\nexample: {self._example}\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, keeps the example's line."""
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def factor(text: str) -> float:
+    number = float(text)
+    if not 1.0 <= number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
+def convert_parser(script: str, family: str, scaling_factor: float, *, versions: bool) -> Parser:
+    """The parser of a convert2hf script. `versions`: MLP generations to choose from."""
+    parser = Parser(
+        f"Convert an {family} checkpoint of the InternEvo training framework (model_tp*_pp*.pt, model_config.pt) "
+        "into a Hugging Face folder.",
+        f"python {script} --src ckpt/1000 --tgt hf_{family.lower()} --tokenizer tokenizer.model",
+    )
+    add = parser.add_argument
+    add("--src", type=Path, required=True, help="folder with the InternEvo shards")
+    add("--tgt", type=Path, required=True, help="Hugging Face folder to write")
+    add(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="SentencePiece model (tokenizer.model), or a folder with one",
+    )
+    add("--dtype", choices=DTYPES, default="bfloat16", help="type of the weights that are written")
+    add("--max_shard", default="10GB", help="largest size of one weight file, for example 10GB or 500MB")
+    add("--max_pos", type=positive, default=4096, help="max_position_embeddings of the model")
+    add(
+        "--rotary_type",
+        choices=("origin", "dynamic"),
+        default="origin",
+        help="rotary embedding: as trained, or dynamic NTK",
+    )
+    add(
+        "--scaling_factor",
+        type=factor,
+        default=scaling_factor,
+        help="scaling factor of dynamic NTK, with it only",
+    )
+    if versions:
+        add("--version", type=int, choices=(1, 2), help="where the MLP is square: 1 = up is w2, 2 = up is w3")
+    add(
+        "--chat",
+        action="store_true",
+        help="declare the chat tokens, the chat template and the end-of-turn token",
+    )
+    _add_common(parser)
+    return parser
+
+
+def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
+    """The parser of a revert script. `versions`: MLP generations to choose from."""
+    parser = Parser(
+        f"Revert an {family} Hugging Face folder to a checkpoint that the InternEvo training framework loads.",
+        f"python {script} --src hf_{family.lower()} --tgt ckpt_tp8 --tp_size 8 --embed_split --use_flash",
+    )
+    add = parser.add_argument
+    add("--src", type=Path, required=True, help="Hugging Face folder")
+    add("--tgt", type=Path, required=True, help="folder to write the shards to")
+    add("--tp_size", type=positive, required=True, help="tensor-parallel size: number of shards")
+    if versions:
+        add(
+            "--version",
+            type=int,
+            choices=(1, 2),
+            default=2,
+            help="MLP names: 1 = up is w2, down is w3; 2 = up is w3, down is w2",
+        )
+    add(
+        "--embed_split",
+        action="store_true",
+        help="split the embedding along the hidden size, not the vocabulary",
+    )
+    add("--use_flash", action="store_true", help="set use_flash_attn in model_config.pt")
+    add("--safetensors", action="store_true", help="read safetensors even where there are .bin files")
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace --tgt, at the end, where it is not empty")
+    parser.add_argument("--verify", action="store_true", help="check checksums before, and compare every tensor after")
+
+
+def run_convert(family: str, arguments: argparse.Namespace) -> int:
+    """Converts as the user asked; the exit status."""
+
+    def action() -> None:
+        import torch
+
+        from .convert import ConvertRequest, convert
+        from .families import FAMILIES
+        from .reporting import Reporter
+
+        request = ConvertRequest(
+            source=arguments.src,
+            target=arguments.tgt,
+            tokenizer=arguments.tokenizer,
+            dtype=getattr(torch, arguments.dtype),
+            max_shard=arguments.max_shard,
+            max_position_embeddings=arguments.max_pos,
+            dynamic_factor=arguments.scaling_factor if arguments.rotary_type == "dynamic" else None,
+            version=getattr(arguments, "version", None),
+            chat=arguments.chat,
+            force=arguments.force,
+            verify=arguments.verify,
+        )
+        convert(FAMILIES[family], request, Reporter())
+
+    return _status(action)
+
+
+def run_revert(family: str, arguments: argparse.Namespace) -> int:
+    """Reverts as the user asked; the exit status."""
+
+    def action() -> None:
+        from .families import FAMILIES
+        from .reporting import Reporter
+        from .revert import RevertRequest, revert
+
+        request = RevertRequest(
+            source=arguments.src,
+            target=arguments.tgt,
+            tp_size=arguments.tp_size,
+            version=getattr(arguments, "version", 2),
+            embed_split=arguments.embed_split,
+            use_flash=arguments.use_flash,
+            safetensors=arguments.safetensors,
+            force=arguments.force,
+            verify=arguments.verify,
+        )
+        revert(FAMILIES[family], request, Reporter())
+
+    return _status(action)
+
+
+def _status(action: Callable[[], None]) -> int:
+    """The exit status of `action`: 0, or 1 after a sentence on the error stream; 130 when interrupted."""
+    try:
+        action()
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}. {_advice(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _advice(error: OSError) -> str:
+    return ADVICE.get(error.errno or 0, "Nothing was written under --tgt.")

@@ -1,0 +1,421 @@
+"""Moves bytes between files in blocks of rows. Knows windows on tensors; neither their names' meaning nor file formats.
+
+A Move pairs the windows of one full tensor with windows of parts. It runs in either direction, block by block:
+
+    gather    parts --read--> scratch --strided copy, cast--> block --write--> full      (converting)
+    scatter   full  --read--> block --strided copy--> scratch --write--> parts           (reverting)
+
+    A block is a run of whole rows of the full tensor that fits the processor's cache, so memory stays constant and
+    every byte is read once and written once. Where a part lies in the full tensor in one piece, of the same type, the
+    kernel copies it from file to file and its bytes never enter this process.
+
+Comparing is gathering again and looking at what the full tensor holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from .errors import ConversionError
+from .views import Pair, StoredTensor
+
+BLOCK_BYTES = 1 << 20
+"""Half of a current core's second-level cache: a block and its scratch stay in it between read and write."""
+KERNEL_COPY_BYTES = 64 << 20
+"""Largest piece that one kernel copy is asked for, so that progress shows and an interrupt is heard."""
+MAX_WORKERS = 4
+"""More threads do not help: two saturate a disk, and four the memory bus of most machines."""
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+Progress = Callable[[int], None]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Move:
+    """A full tensor and windows (of it, of parts) that together cover it exactly once.
+
+    `transform` maps rows [n, ...] of the gathered tensor to the rows that are written; it works on gather alone.
+    """
+
+    full: StoredTensor
+    pairs: tuple[Pair, ...]
+    transform: Transform | None = None
+
+    def __post_init__(self) -> None:
+        covered = sum(math.prod(window.shape) for window, _ in self.pairs)
+        if covered != math.prod(self.full.shape):
+            raise ValueError(f"the parts of {self.full.name} hold {covered} elements, {self.full.shape} is expected")
+
+
+Task = Sequence[Move]
+"""Moves that one worker runs in order."""
+
+
+class Copier:
+    """Runs tasks on a few threads, each with two small buffers of its own."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stop = threading.Event()
+
+    def gather(self, tasks: Sequence[Task]) -> None:
+        """Writes every full tensor from its parts."""
+        self._run(tasks, _gather, writable={move.full.path for task in tasks for move in task})
+
+    def scatter(self, tasks: Sequence[Task]) -> dict[Path, dict[str, int]]:
+        """Writes the parts of every full tensor; returns the CRC-32 of each part by file and name."""
+        writable = {part.tensor.path for task in tasks for move in task for _, part in move.pairs}
+        checksums: dict[Path, dict[str, int]] = {path: {} for path in writable}
+        for done in self._run(tasks, _scatter, writable):
+            for tensor, checksum in done.items():
+                checksums[tensor.path][tensor.name] = checksum.value
+        return checksums
+
+    def differences(self, tasks: Sequence[Task]) -> list[Move]:
+        """The moves whose full tensor does not hold what its parts say."""
+        return [move for found in self._run(tasks, _differing, writable=set()) for move in found]
+
+    def _run(self, tasks: Sequence[Task], work: Callable[[_Worker, Task], Result], writable: set[Path]) -> list[Result]:
+        """`work` on every task, the largest first so that the threads end together."""
+        ordered = sorted(tasks, key=lambda task: -sum(move.full.nbytes for move in task))
+        workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+        with ExitStack() as stack:
+            files = stack.enter_context(_Files(writable))
+            pool = stack.enter_context(ThreadPoolExecutor(workers))
+            free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+            for _ in range(workers):
+                free.put(_Worker(files, self._progress, self._stop))
+
+            def with_worker(task: Task) -> Result:
+                worker = free.get()
+                try:
+                    return work(worker, task)
+                finally:
+                    free.put(worker)
+
+            futures = [pool.submit(with_worker, task) for task in ordered]
+            try:
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                return [future.result() for future in futures]
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+class _StoppedError(Exception):
+    """Another worker failed or the user interrupted."""
+
+
+class _Files:
+    """Open file descriptors by path, for positioned reads and writes by several threads."""
+
+    def __init__(self, writable: Iterable[Path]) -> None:
+        self._writable = set(writable)
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDWR if path in self._writable else os.O_RDONLY)
+            return self._open[path]
+
+    def read(self, path: Path, offset: int, target: memoryview) -> None:
+        descriptor, done = self.descriptor(path), 0
+        while done < len(target):
+            with _naming(path):
+                count = os.preadv(descriptor, [target[done:]], offset + done)
+            if count == 0:
+                raise ConversionError(f"{path} ends at byte {offset + done}: it was cut while it was being read.")
+            done += count
+
+    def write(self, path: Path, offset: int, source: memoryview) -> None:
+        descriptor, done = self.descriptor(path), 0
+        while done < len(source):
+            with _naming(path):
+                done += os.pwrite(descriptor, source[done:], offset + done)
+
+    def copy(self, source: Path, source_offset: int, target: Path, target_offset: int, count: int) -> int:
+        """Bytes that the kernel copied from file to file, or 0 where it cannot for these files."""
+        arguments = (self.descriptor(source), self.descriptor(target), count, source_offset, target_offset)
+        try:
+            return os.copy_file_range(*arguments)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return 0
+            raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+"""Between these two files or on this kernel only reading and writing works."""
+
+
+class _naming:  # noqa: N801 - a context manager, used as a word
+    """Puts the path into an OSError of a positioned read or write, which knows only a number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+# ------------------------------------------------------------------------------------------------- windows in memory
+
+
+class _Axis(NamedTuple):
+    size: int
+    full: int
+    part: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A pair of windows as axes (size, stride in full, stride in part), outermost in the full tensor first."""
+
+    axes: tuple[_Axis, ...]
+    full: int
+    part: int
+    tensor: StoredTensor
+
+    @property
+    def sizes(self) -> list[int]:
+        return [axis.size for axis in self.axes]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def full_span(self) -> int:
+        return 1 + sum((axis.size - 1) * axis.full for axis in self.axes)
+
+    @property
+    def part_span(self) -> int:
+        return 1 + sum((axis.size - 1) * axis.part for axis in self.axes)
+
+    @property
+    def in_one_piece(self) -> bool:
+        return not self.axes or (len(self.axes) == 1 and self.axes[0].full == self.axes[0].part == 1)
+
+    def within(self, begin: int, end: int) -> Iterator[_Run]:
+        """What of this run lies in elements [begin, end) of the full tensor."""
+        if self.full >= end or self.full + self.full_span <= begin:
+            return
+        if begin <= self.full and self.full + self.full_span <= end:
+            yield self
+            return
+        (size, stride, _), inner = self.axes[0], self.axes[1:]
+        span = self.full_span - (size - 1) * stride  # of one index of the outermost axis
+        touched = range(max(0, (begin - self.full - span) // stride + 1), min(size, -(-(end - self.full) // stride)))
+        first = max(touched.start, -(-(begin - self.full) // stride))
+        last = max(first, min(touched.stop, (end - self.full - span) // stride + 1))
+        for index in range(touched.start, min(first, touched.stop)):
+            yield from self._at(index, 1, inner).within(begin, end)
+        if first < last:
+            yield self._at(first, last - first, inner)
+        for index in range(max(last, first), touched.stop):
+            yield from self._at(index, 1, inner).within(begin, end)
+
+    def _at(self, index: int, count: int, inner: tuple[_Axis, ...]) -> _Run:
+        _, full, part = self.axes[0]
+        axes = inner if count == 1 else (_Axis(count, full, part), *inner)
+        return _Run(axes, self.full + index * full, self.part + index * part, self.tensor)
+
+
+def _as_run(pair: Pair) -> _Run:
+    """A pair with its axes in the order of the full tensor, those that continue each other merged."""
+    window, part = pair
+    axes = [_Axis(*axis) for axis in zip(window.shape, window.strides, part.strides, strict=True) if axis[0] != 1]
+    merged: list[_Axis] = []
+    for axis in sorted(axes, key=lambda axis: -axis.full):
+        outer = merged[-1] if merged else None
+        if outer and outer.full == axis.full * axis.size and outer.part == axis.part * axis.size:
+            merged[-1] = _Axis(outer.size * axis.size, axis.full, axis.part)
+        else:
+            merged.append(axis)
+    return _Run(tuple(merged), window.offset, part.offset, part.tensor)
+
+
+def _blocks(move: Move, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Element ranges of the full tensor: whole rows, about BLOCK_BYTES each as `dtype`."""
+    total = math.prod(move.full.shape)
+    row = total // move.full.shape[0] if total else 1
+    rows = max(1, BLOCK_BYTES // (row * dtype.itemsize))
+    for begin in range(0, total, rows * row):
+        yield begin, min(total, begin + rows * row)
+
+
+# ------------------------------------------------------------------------------------------------------------- work
+
+
+class _Buffer:
+    """Bytes that are used again for every block; grows to the largest one."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(BLOCK_BYTES)
+
+    def take(self, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, memoryview]:
+        """The first `count` elements, as a tensor [count] and as its bytes."""
+        needed = count * dtype.itemsize
+        if needed > len(self._bytes):
+            self._bytes = bytearray(needed)
+        return torch.frombuffer(self._bytes, dtype=dtype, count=count), memoryview(self._bytes)[:needed]
+
+
+@dataclass
+class _Checksum:
+    """CRC-32 of a tensor that is written from its start to its end."""
+
+    value: int = 0
+    position: int = 0
+
+    def add(self, offset: int, data: memoryview) -> None:
+        if offset != self.position:
+            raise ValueError(f"checksummed bytes out of order: at {offset}, expected {self.position}")
+        self.value = zlib.crc32(data, self.value)
+        self.position += len(data)
+
+
+@dataclass
+class _Worker:
+    """One thread's files and buffers."""
+
+    files: _Files
+    progress: Progress
+    stop: threading.Event
+    block: _Buffer = field(default_factory=_Buffer)
+    scratch: _Buffer = field(default_factory=_Buffer)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)  # a block is too small to share; the workers are the parallelism
+
+    def advance(self, count: int) -> None:
+        """Reports bytes of the full tensors done; raises _StoppedError when there is no use in going on."""
+        self.progress(count)
+        if self.stop.is_set():
+            raise _StoppedError
+
+    def read_part(self, run: _Run, target: torch.Tensor, begin: int) -> None:
+        """Fills `target`, elements from `begin` on of a full tensor, with what a run's part holds."""
+        part, itemsize = run.tensor, run.tensor.dtype.itemsize
+        scratch, data = self.scratch.take(run.part_span, part.dtype)
+        self.files.read(part.path, part.offset + run.part * itemsize, data)
+        source = scratch.as_strided(run.sizes, [axis.part for axis in run.axes])
+        target.as_strided(run.sizes, [axis.full for axis in run.axes], run.full - begin).copy_(source)
+
+    def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> tuple[torch.Tensor, memoryview]:
+        """Elements [begin, end) of the full tensor as its parts and the transform give them."""
+        block, data = self.block.take(end - begin, move.full.dtype)
+        source = block if move.transform is None else torch.empty(end - begin, dtype=runs[0].tensor.dtype)
+        for run in runs:
+            for piece in run.within(begin, end):
+                self.read_part(piece, source, begin)
+        if move.transform is not None:
+            block.copy_(move.transform(source.view(-1, *move.full.shape[1:])).flatten())
+        return block, data
+
+
+def _gather(worker: _Worker, task: Task) -> None:
+    for move in task:
+        full, runs = move.full, [_as_run(pair) for pair in move.pairs]
+        if move.transform is None and _copied_by_kernel(worker, full, runs):
+            continue
+        for begin, end in _blocks(move, runs[0].tensor.dtype):
+            _, data = worker.gathered(move, runs, begin, end)
+            worker.files.write(full.path, full.offset + begin * full.dtype.itemsize, data)
+            worker.advance(len(data))
+
+
+def _copied_by_kernel(worker: _Worker, full: StoredTensor, runs: Sequence[_Run]) -> bool:
+    """Whether every run lay in one piece and of the full tensor's type, in files between which the kernel copies."""
+    itemsize = full.dtype.itemsize
+    if not all(run.in_one_piece and run.tensor.dtype == full.dtype for run in runs):
+        return False
+    for run in runs:
+        part, done, total = run.tensor, 0, run.numel * itemsize
+        source, target = part.offset + run.part * itemsize, full.offset + run.full * itemsize
+        while done < total:
+            piece = min(KERNEL_COPY_BYTES, total - done)
+            count = worker.files.copy(part.path, source + done, full.path, target + done, piece)
+            if count == 0:
+                return False
+            done += count
+            worker.advance(count)
+    return True
+
+
+def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
+    checksums: dict[StoredTensor, _Checksum] = {}
+    for move in task:
+        full, runs = move.full, [_as_run(pair) for pair in move.pairs]
+        for begin, end in _blocks(move, full.dtype):
+            block, data = worker.block.take(end - begin, full.dtype)
+            worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, data)
+            for run in runs:
+                for piece in run.within(begin, end):
+                    _write_part(worker, piece, block, data, begin, checksums.setdefault(run.tensor, _Checksum()))
+            worker.advance(len(data))
+    return checksums
+
+
+def _write_part(
+    worker: _Worker, run: _Run, block: torch.Tensor, data: memoryview, begin: int, checksum: _Checksum
+) -> None:
+    """Writes a run of the block, which holds elements from `begin` on of the full tensor, into its part."""
+    part, itemsize = run.tensor, run.tensor.dtype.itemsize
+    if run.in_one_piece:
+        start = (run.full - begin) * itemsize
+        content = data[start : start + run.numel * itemsize]
+    else:
+        if run.part_span != run.numel:
+            raise ValueError(f"rows of {part.name} do not lie in one piece")
+        scratch, content = worker.scratch.take(run.numel, part.dtype)
+        source = block.as_strided(run.sizes, [axis.full for axis in run.axes], run.full - begin)
+        scratch.as_strided(run.sizes, [axis.part for axis in run.axes]).copy_(source)
+    checksum.add(run.part * itemsize, content)
+    worker.files.write(part.path, part.offset + run.part * itemsize, content)
+
+
+def _differing(worker: _Worker, task: Task) -> list[Move]:
+    return [move for move in task if not _holds_its_parts(worker, move)]
+
+
+def _holds_its_parts(worker: _Worker, move: Move) -> bool:
+    full, runs = move.full, [_as_run(pair) for pair in move.pairs]
+    for begin, end in _blocks(move, runs[0].tensor.dtype):
+        expected, _ = worker.gathered(move, runs, begin, end)
+        found, data = worker.scratch.take(end - begin, full.dtype)
+        worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, data)
+        worker.advance(len(data))
+        if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):  # bytes: NaN equals itself
+            return False
+    return True

@@ -1,0 +1,168 @@
+"""From a Hugging Face folder to the shards that the InternEvo training framework loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .copying import Copier, Task
+from .errors import ConversionError
+from .family import Family, Rope, hf_shape, mlp_ratio
+from .hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder
+from .internevo_folder import shard_writers, write_model_config
+from .matching import Match, match_hf, part_specs
+from .publishing import Publication
+from .reporting import Reporter
+from .rules import ModelShape
+from .table import Entry
+from .torch_file import TorchFileWriter
+from .views import StoredTensor, TensorSpec
+
+HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
+"""With tie_word_embeddings a folder leaves the head out: it is the embedding."""
+
+
+@dataclass(frozen=True)
+class RevertRequest:
+    """What the user asked for."""
+
+    source: Path
+    target: Path
+    tp_size: int
+    version: int = 2
+    embed_split: bool = False
+    use_flash: bool = False
+    safetensors: bool = False
+    force: bool = False
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A Hugging Face folder understood: its sizes, and the tensors of every entry of the table."""
+
+    folder: HFFolder
+    shape: ModelShape
+    has_bias: bool
+    fulls: Sequence[tuple[Entry, list[StoredTensor]]]
+
+
+def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
+    """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
+    publication = Publication(request.target, force=request.force, sources=(request.source,))
+    source = _understand(family, request, reporter)
+    config = _training_config(family, request, source, reporter)
+    writers = shard_writers(publication.folder, _rank_specs(source, request.tp_size))
+    publication.check_space(sum(writer.size for writer in writers))
+    with publication as folder:
+        _write_shards(source, writers, request, reporter)
+        write_model_config(folder, config)
+    tensors = [tensor for writer in writers for tensor in writer.tensors.values()]
+    reporter.summary(len(tensors), sum(tensor.nbytes for tensor in tensors), request.target)
+
+
+def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
+    weights = SAFETENSORS
+    if not request.safetensors:
+        weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
+        reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
+    folder = read_folder(request.source, weights)
+    where = request.source / CONFIG
+    if folder.config.get("model_type") != family.model_type:
+        raise ConversionError(
+            f"{where} is of model_type {folder.config.get('model_type')!r}, expected {family.model_type!r}. "
+            "Each family has its own script."
+        )
+    shape = hf_shape(folder.config, where)
+    tensors = dict(folder.tensors)
+    for head, embedding in HEAD_OF.items():
+        if folder.config.get("tie_word_embeddings") and embedding in tensors:
+            tensors.setdefault(head, tensors[embedding])
+    has_bias = any(name.endswith(".bias") for name in tensors)
+    layout = family.layout_written(has_bias, request.embed_split, request.version)
+    return _Source(folder, shape, has_bias, match_hf(tensors, family.table, layout, shape, str(request.source)))
+
+
+def _rank_specs(source: _Source, tp_size: int) -> list[list[TensorSpec]]:
+    """The tensors of each rank's file."""
+    ranks: list[list[TensorSpec]] = [[] for _ in range(tp_size)]
+    for entry, fulls in source.fulls:
+        specs = part_specs(entry, fulls, tp_size, source.shape)
+        for rank in entry.rule.holders(tp_size):
+            ranks[rank] += specs
+    return ranks
+
+
+def _write_shards(
+    source: _Source, writers: Sequence[TorchFileWriter], request: RevertRequest, reporter: Reporter
+) -> None:
+    tasks: list[Task] = []
+    for entry, fulls in source.fulls:
+        holders = [writers[rank] for rank in entry.rule.holders(request.tp_size)]
+        parts = [[writer.tensors[name] for name in entry.training] for writer in holders]
+        tasks.append(Match(entry, fulls, parts).moves(source.shape))
+    total = sum(move.full.nbytes for task in tasks for move in task)
+    for writer in writers:
+        writer.create()
+    with reporter.progress("reverting", total) as progress:
+        checksums = Copier(progress).scatter(tasks)
+    for writer in writers:
+        writer.seal(checksums[writer.path])
+    if request.verify:
+        with reporter.progress("verifying", total) as progress:
+            for move in Copier(progress).differences(tasks):
+                raise ConversionError(
+                    f"tensor {move.full.name!r} was not written as it was read: the disk or memory failed."
+                )
+
+
+def _training_config(family: Family, request: RevertRequest, source: _Source, reporter: Reporter) -> dict[str, Any]:
+    """model_config.pt: the keys that the framework's builder of this family takes."""
+    shape, config = source.shape, source.folder.config
+    rope = _rope(config, source.folder.folder / CONFIG, reporter)
+    dtypes = {fulls[0].dtype for _, fulls in source.fulls}
+    if len(dtypes) > 1:
+        reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
+    return {
+        "num_chunks": 1,
+        "checkpoint": False,
+        "dtype": source.fulls[0][1][0].dtype,
+        "embed_split_hidden": request.embed_split,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "embed_grad_scale": 1,
+        "parallel_output": True,
+        "num_attention_heads": shape.num_heads,
+        "mlp_ratio": mlp_ratio(shape),
+        "norm_type": "rmsnorm",
+        "apply_post_layer_norm": False,
+        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "rope_base": rope.theta,
+        "use_flash_attn": request.use_flash,
+        **family.training_config(shape, {**config, "bias": source.has_bias}, rope),
+    }
+
+
+def _rope(config: Mapping[str, Any], where: Path, reporter: Reporter) -> Rope:
+    """The rotary settings in whichever spelling config.json has; ConversionError where two spellings disagree."""
+    parameters, rotary = config.get("rope_parameters") or {}, config.get("rotary") or {}
+    scaling = config.get("rope_scaling") or {}
+    bases = {base for base in (config.get("rope_theta"), parameters.get("rope_theta"), rotary.get("base")) if base}
+    kinds = {spelled.get("rope_type", spelled.get("type")) for spelled in (parameters, scaling, rotary) if spelled}
+    kinds = {"default" if kind == "origin" else kind for kind in kinds}
+    if len(bases) > 1 or len(kinds) > 1:
+        raise ConversionError(
+            f"{where} gives several rotary settings that contradict each other: bases {sorted(bases)}, "
+            f"types {sorted(map(str, kinds))}. Keep one."
+        )
+    kind = kinds.pop() if kinds else "default"
+    factors = [spelled[key] for spelled in (parameters, scaling, rotary) for key in FACTORS if key in spelled]
+    if kind not in ("default", "dynamic"):
+        reporter.warn(f"rotary scaling {kind!r} has no counterpart in InternEvo: only the base is kept.")
+    return Rope(bases.pop() if bases else 10000, (factors[0] if factors else 1.0) if kind == "dynamic" else None)
+
+
+FACTORS = ("factor", "scaling_factor")

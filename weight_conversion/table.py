@@ -1,0 +1,114 @@
+"""One table per family says which training tensor is which Hugging Face tensor. Both directions read it.
+
+A checkpoint's Layout is one choice of each group that its family leaves open (how the embedding is split, whether q, k
+and v are fused, ...). Rows that hold only under a choice name it in `only`. When a Table is built, every layout is
+checked: no training name and no Hugging Face name twice. Rows stand in the order of the model's modules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .rules import ModelShape, Rule
+
+LAYER = "{layer}"
+
+Layout = frozenset[str]
+"""One choice of each group of a Table, for example {"hidden-split embedding", "wqkv", "no bias"}."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`training` tensors of each rank hold, laid out by `rule`, the `hf` tensors of the shapes `dims`.
+
+    `dims` has one tuple per Hugging Face name; its words are attributes of ModelShape.
+    """
+
+    training: tuple[str, ...]
+    hf: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    rule: Rule
+    only: Layout = frozenset()
+
+    @property
+    def per_layer(self) -> bool:
+        return LAYER in self.hf[0]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A Row for one layer, its names and shapes filled in."""
+
+    training: tuple[str, ...]
+    hf: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a family and the groups of choices that a training checkpoint makes among them."""
+
+    rows: tuple[Row, ...]
+    choices: tuple[tuple[str, ...], ...]
+    ignored: tuple[str, ...] = ()
+    """Patterns of training tensors that carry no weight (recomputed tables)."""
+
+    def __post_init__(self) -> None:
+        known = set(itertools.chain.from_iterable(self.choices))
+        for row in self.rows:
+            unknown = row.only - known
+            if unknown:
+                raise ValueError(f"row {row.hf} names unknown choices {sorted(unknown)}")
+            if len(row.dims) != len(row.hf) or {LAYER in name for name in row.training + row.hf} != {row.per_layer}:
+                raise ValueError(f"row {row.hf} is not whole: one shape per name, every name of a layer or none")
+        asked = set(itertools.chain.from_iterable(row.only for row in self.rows))
+        for group in self.choices:
+            if not asked & set(group):
+                raise ValueError(f"no row asks for any of {group}")
+        for layout in self.layouts():
+            for side in ("training", "hf"):
+                names = Counter(name for row in self.rows_for(layout) for name in getattr(row, side))
+                twice = [name for name, count in names.items() if count > 1]
+                if twice:
+                    raise ValueError(f"{side} names twice under {sorted(layout)}: {twice}")
+
+    def layouts(self) -> Iterator[Layout]:
+        return (frozenset(combination) for combination in itertools.product(*self.choices))
+
+    def rows_for(self, layout: Layout) -> list[Row]:
+        return [row for row in self.rows if row.only <= layout]
+
+    def entries(self, layout: Layout, shape: ModelShape) -> list[Entry]:
+        """Every row of `layout`, once per layer, in the order of the table."""
+        entries = []
+        for per_layer, run in itertools.groupby(self.rows_for(layout), key=lambda row: row.per_layer):
+            group = list(run)
+            layers: Sequence[int] = range(shape.num_layers) if per_layer else (0,)
+            entries += [_fill(row, layer, shape) for layer in layers for row in group]
+        return entries
+
+    def hf_names(self, layout: Layout, shape: ModelShape) -> list[str]:
+        """The Hugging Face names in the order of the model's state dict: module by module, as the rows stand."""
+        names = [name for entry in self.entries(layout, shape) for name in entry.hf]
+        module_order = {_module(name): at for at, name in reversed(list(enumerate(names)))}
+        return sorted(names, key=lambda name: module_order[_module(name)])
+
+    def is_ignored(self, training_name: str) -> bool:
+        return any(re.fullmatch(pattern, training_name) for pattern in self.ignored)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _fill(row: Row, layer: int, shape: ModelShape) -> Entry:
+    def named(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name.replace(LAYER, str(layer)) for name in names)
+
+    shapes = tuple(tuple(getattr(shape, dim) for dim in dims) for dims in row.dims)
+    return Entry(named(row.training), named(row.hf), shapes, row.rule)
