@@ -78,7 +78,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     if request.verify:
         verify_files(source.checkpoint)
     _check_replicas(source)
-    weights = plan_weights(publication.folder, _hf_specs(family, source, request.dtype), request.max_shard)
+    weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
     _warn(family, request, source, reporter)
     with publication as folder:
@@ -130,9 +130,9 @@ def _check_replicas(source: _Source) -> None:
         )
 
 
-def _hf_specs(family: Family, source: _Source, dtype: torch.dtype) -> list[TensorSpec]:
-    shapes = {name: shape for entry, _ in source.parts for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
-    return [TensorSpec(name, shapes[name], dtype) for name in family.table.hf_names(source.layout, source.shape)]
+def _hf_specs(source: _Source, dtype: torch.dtype) -> list[TensorSpec]:
+    named = [pair for entry, _ in source.parts for pair in zip(entry.hf, entry.hf_shapes, strict=True)]
+    return [TensorSpec(name, shape, dtype) for name, shape in named]
 
 
 def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Reporter) -> None:
@@ -213,6 +213,7 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
         "model_type": family.model_type,
         "num_attention_heads": shape.num_heads,
         "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_kv_heads,
         "pad_token_id": 2,
         "rms_norm_eps": training.get("layer_norm_epsilon", DEFAULT_NORM_EPSILON),
         **_rope_config(rope),
@@ -220,7 +221,7 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
-        **family.hf_config(shape, rope),
+        **family.hf_config(rope),
     }
 
 

@@ -40,7 +40,7 @@ class Family:
     """(checkpoint, --version or None) -> the choices that its tensors were saved under."""
     layout_written: Callable[[bool, bool, int], Layout]
     """(has biases, --embed_split, --version) -> the choices that reverting writes."""
-    hf_config: Callable[[ModelShape, Rope], dict[str, Any]]
+    hf_config: Callable[[Rope], dict[str, Any]]
     """Keys of config.json that only this family has."""
     training_config: Callable[[ModelShape, Mapping[str, Any], Rope], dict[str, Any]]
     """(shape, config.json, rope) -> keys of model_config.pt that only this family has."""

@@ -135,8 +135,8 @@ class WeightFiles:
 
 
 def plan_weights(folder: Path, specs: Sequence[TensorSpec], max_shard_size: str) -> WeightFiles:
-    """Distributes the tensors, in state-dict order, over files as `save_pretrained(max_shard_size=...)` does."""
-    by_name = {spec.name: spec for spec in specs}
+    """Distributes the tensors over files as `save_pretrained(max_shard_size=...)` of transformers 5 does."""
+    by_name = {spec.name: spec for spec in sorted(specs, key=lambda spec: natural_order(spec.name))}
     try:
         split = split_state_dict_into_shards_factory(
             by_name,
@@ -154,6 +154,12 @@ def plan_weights(folder: Path, specs: Sequence[TensorSpec], max_shard_size: str)
         return WeightFiles(writers, None)
     metadata = {"total_parameters": sum(spec.numel for spec in specs), **split.metadata}
     return WeightFiles(writers, {"metadata": metadata, "weight_map": split.tensor_to_filename})
+
+
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """Sort key of tensor names: part by part between dots, numbers by value (transformers saves in this order)."""
+    parts = [(part.rstrip("0123456789"), part) for part in name.split(".")]
+    return [(text, int(part[len(text) :] or -1)) for text, part in parts]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -131,7 +131,7 @@ def _layout_written(bias: bool, embed_split: bool, version: int) -> Layout:
     )
 
 
-def _hf_config(shape: ModelShape, rope: Rope) -> dict[str, Any]:
+def _hf_config(rope: Rope) -> dict[str, Any]:
     if rope.dynamic_factor is None:
         return {"rotary": {"base": rope.theta, "type": "origin"}}
     return {"rotary": {"base": rope.theta, "type": "dynamic", "scaling_factor": rope.dynamic_factor}}

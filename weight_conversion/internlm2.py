@@ -78,8 +78,8 @@ def _layout_written(bias: bool, embed_split: bool, version: int) -> Layout:
     return frozenset({HIDDEN_SPLIT if embed_split else VOCABULARY_SPLIT, FUSED, HALVES, BIAS if bias else NO_BIAS})
 
 
-def _hf_config(shape: ModelShape, rope: Rope) -> dict[str, Any]:
-    return {"num_key_value_heads": shape.num_kv_heads}
+def _hf_config(rope: Rope) -> dict[str, Any]:
+    return {}
 
 
 def _training_config(shape: ModelShape, config: Mapping[str, Any], rope: Rope) -> dict[str, Any]:

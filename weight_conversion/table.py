@@ -2,7 +2,7 @@
 
 A checkpoint's Layout is one choice of each group that its family leaves open (how the embedding is split, whether q, k
 and v are fused, ...). Rows that hold only under a choice name it in `only`. When a Table is built, every layout is
-checked: no training name and no Hugging Face name twice. Rows stand in the order of the model's modules.
+checked: no training name and no Hugging Face name twice.
 """
 
 from __future__ import annotations
@@ -92,18 +92,8 @@ class Table:
             entries += [_fill(row, layer, shape) for layer in layers for row in group]
         return entries
 
-    def hf_names(self, layout: Layout, shape: ModelShape) -> list[str]:
-        """The Hugging Face names in the order of the model's state dict: module by module, as the rows stand."""
-        names = [name for entry in self.entries(layout, shape) for name in entry.hf]
-        module_order = {_module(name): at for at, name in reversed(list(enumerate(names)))}
-        return sorted(names, key=lambda name: module_order[_module(name)])
-
     def is_ignored(self, training_name: str) -> bool:
         return any(re.fullmatch(pattern, training_name) for pattern in self.ignored)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _fill(row: Row, layer: int, shape: ModelShape) -> Entry:
