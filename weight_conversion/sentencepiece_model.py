@@ -65,6 +65,7 @@ class SentencePieceModel:
                 "that the training data was tokenized with, or the folder that holds it."
             )
         data = path.read_bytes()
+        sentencepiece.SetMinLogLevel(2)  # errors only: it warns of the NUL piece that both families have
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
             message = list(_fields(data))

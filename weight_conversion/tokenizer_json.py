@@ -178,6 +178,11 @@ class SlowTokenizer:
             for is_special, run in groupby(ids, key=self._names.__contains__)
         )
 
+    def decode_each(self, batch: list[list[int]]) -> list[str]:
+        """Return the text of each list of one id."""
+        texts = self._processor.decode(batch)
+        return [self._names.get(index, text) for (index,), text in zip(batch, texts, strict=True)]
+
 
 def first_difference(text: str, model: SentencePieceModel, special: SpecialTokens) -> str | None:
     """Compare tokenizer.json's `text` with SentencePiece on the built-in corpus; say where they differ, or None."""
@@ -191,8 +196,10 @@ def first_difference(text: str, model: SentencePieceModel, special: SpecialToken
             return f"the text {_short(sample)} becomes other ids"
         if fast.decode(ids, skip_special_tokens=False) != slow.decode(ids):
             return f"the ids of the text {_short(sample)} become another text"
-    for index in range(len(model.pieces)):
-        if fast.decode([index], skip_special_tokens=False) != slow.decode([index]):
+    every_id = [[index] for index in range(len(model.pieces))]
+    decoded = fast.decode_batch(every_id, skip_special_tokens=False)
+    for index, (found, expected) in enumerate(zip(decoded, slow.decode_each(every_id), strict=True)):
+        if found != expected:
             return f"the id {index} becomes another text"
     return None
 
