@@ -31,6 +31,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chat_internlm2 import ChatMixin
 from .compat_internlm2 import GATHERED_COLUMNS, causal_mask
 from .configuration_internlm2 import InternLM2Config
 
@@ -487,7 +488,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         return self.rotary_emb(position_ids, sequence_lengths(position_ids, attention_mask, packed), dtype)
 
 
-class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
+class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin):
     """The decoder with the output head over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chat_internlm import ChatMixin
 from .compat_internlm import GATHERED_COLUMNS, attended_length, causal_mask
 from .configuration_internlm import InternLMConfig
 
@@ -507,7 +508,7 @@ class InternLMModel(InternLMPreTrainedModel):
         return {"position_embeddings": new, "key_position_embeddings": keys}
 
 
-class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
+class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
     """The decoder with the output head over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"
