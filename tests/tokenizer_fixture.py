@@ -65,13 +65,7 @@ def append_pieces(model: Path, pieces: Iterable[str], piece_type: int) -> None:
         for piece in pieces:
             text = piece.encode()
             body = (
-                b"\x0a"
-                + _varint(len(text))
-                + text
-                + b"\x15"
-                + struct.pack("<f", -1e6)
-                + b"\x18"
-                + bytes([piece_type])
+                b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", -1e6) + b"\x18" + bytes([piece_type])
             )
             file.write(b"\x0a" + _varint(len(body)) + body)
 
