@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm2 import ChatMixin
-from .compat_internlm2 import GATHERED_COLUMNS, causal_mask
+from .compat_internlm2 import GATHERED_COLUMNS, cache_slots, causal_mask
 from .configuration_internlm2 import InternLM2Config
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -157,6 +157,7 @@ class InternLM2Attention(nn.Module):
         position_embeddings: PositionEmbeddings,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache_kwargs: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, H] -> ([B, T, H], attention weights [B, h, T, S] where the backend gives them)."""
@@ -167,7 +168,7 @@ class InternLM2Attention(nn.Module):
         key = rotated[..., -1, :].transpose(1, 2)  # [B, k, T, d]
         value = qkv[..., -1, :].transpose(1, 2)  # [B, k, T, d]
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, k, S, d]
+            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, k, S, d]
 
         backend = self.config._attn_implementation
         attend: Callable = eager_attention_forward if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
@@ -427,6 +428,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
             position_embeddings=self._position_embeddings(hidden_states, position_ids, attention_mask, packed),
             attention_mask=mask,
             past_key_values=past_key_values,
+            cache_kwargs=cache_slots(past_key_values, hidden_states),
         )
         all_hidden_states: list[torch.Tensor] = []
         all_weights: list[torch.Tensor] = []

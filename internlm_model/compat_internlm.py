@@ -6,12 +6,14 @@ import inspect
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.masking_utils import create_causal_mask
 
 # Tensor-parallel style "columns, gathered again": renamed during 5.x; 4.57 and 5.0 know the second name only.
 GATHERED_COLUMNS = "colwise_gather_output" if "colwise_gather_output" in ALL_PARALLEL_STYLES else "colwise_rep"
 
+_UPDATE_PARAMETERS = inspect.signature(Cache.update).parameters
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 
 
@@ -19,7 +21,7 @@ def causal_mask(
     config: Any,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Any,
+    past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
 ) -> Any:
     """What the attention backend of `config` takes as a mask, or None where it needs none.
@@ -38,13 +40,29 @@ def causal_mask(
         "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds": inputs_embeds,
     }
     if "cache_position" in _MASK_PARAMETERS:  # 4.57 and the first 5.x
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        arguments["cache_position"] = _new_slots(past_key_values, inputs_embeds)
     return create_causal_mask(**arguments)
 
 
-def attended_length(past_key_values: Any, length: int) -> int:
+def cache_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """What `Cache.update` wants to know besides the new keys and values, None if nothing.
+
+    A cache of fixed size is told which slots to fill by 4.57 and 5.0; later versions count them themselves.
+    """
+    if "cache_kwargs" in _UPDATE_PARAMETERS and getattr(past_key_values, "is_compileable", False):
+        return {"cache_position": _new_slots(past_key_values, inputs_embeds)}
+    return None
+
+
+def _new_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Slots [T] of the new tokens, counted from the first token in the cache."""
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+
+
+def attended_length(past_key_values: Cache, length: int) -> int:
     """Number S of slots that attention reads after `length` new tokens entered the cache."""
-    if "query_length" in inspect.signature(past_key_values.get_mask_sizes).parameters:
-        return past_key_values.get_mask_sizes(length, 0)[0]
-    return past_key_values.get_mask_sizes(torch.arange(length), 0)[0]  # 4.57 and the first 5.x
+    # 4.57 and the first 5.x take the new slots, later ones their number.
+    counts = "query_length" in inspect.signature(past_key_values.get_mask_sizes).parameters
+    new: Any = length if counts else torch.arange(length)
+    return past_key_values.get_mask_sizes(new, 0)[0]

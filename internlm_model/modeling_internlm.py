@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm import ChatMixin
-from .compat_internlm import GATHERED_COLUMNS, attended_length, causal_mask
+from .compat_internlm import GATHERED_COLUMNS, attended_length, cache_slots, causal_mask
 from .configuration_internlm import InternLMConfig
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -149,6 +149,7 @@ class InternLMAttention(nn.Module):
         key_position_embeddings: PositionEmbeddings | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache_kwargs: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, H] -> ([B, T, H], attention weights [B, h, T, S] where the backend gives them).
@@ -162,7 +163,7 @@ class InternLMAttention(nn.Module):
             key = rotate(key, *position_embeddings)
         key = key.transpose(1, 2)  # [B, h, T, d]
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, h, S, d]
+            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, h, S, d]
         if key_position_embeddings is not None:
             key = rotate(key.transpose(1, 2), *key_position_embeddings).transpose(1, 2)  # [B, h, S, d]
 
@@ -438,7 +439,11 @@ class InternLMModel(InternLMPreTrainedModel):
         kwargs.update(self._position_embeddings(hidden_states, position_ids, attention_mask, past_key_values, packed))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        kwargs.update(attention_mask=mask, past_key_values=past_key_values)
+        kwargs.update(
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            cache_kwargs=cache_slots(past_key_values, hidden_states),
+        )
         all_hidden_states: list[torch.Tensor] = []
         all_weights: list[torch.Tensor] = []
         for layer in self.layers:
