@@ -4,10 +4,12 @@ from .modeling_internlm import (
     InternLMForSequenceClassification,
     InternLMModel,
 )
+from .tokenization_internlm import InternLMTokenizer
 
 __all__ = [
     "InternLMConfig",
     "InternLMForCausalLM",
     "InternLMForSequenceClassification",
     "InternLMModel",
+    "InternLMTokenizer",
 ]
