@@ -14,6 +14,7 @@ so that the rest of the program sees one name per tensor and, under it, one tens
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ from .torch_file import TorchFileWriter, check_records, read_plain_dict, read_st
 from .views import StoredTensor, TensorSpec
 
 MODEL_CONFIG = "model_config.pt"
-SHARD = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
+SHARD = re.compile(r"model_tp(0|[1-9][0-9]*)_pp(0|[1-9][0-9]*)\.pt")
 UNSUPPORTED = {
     re.compile(r"model_tp\d+_wp\d+_pp\d+\.pt"): "isp (weights split over a weight-parallel group)",
     re.compile(r"model_wp\d+_pp\d+\.pt"): "isp (weights split over a weight-parallel group)",
     re.compile(r"model_tp\d+_pp\d+_(dp|zo)\d+\.pt"): "fsdp (weights split over data-parallel ranks)",
     re.compile(r"model_moe_.*\.pt"): "MoE (mixture of experts)",
 }
-TENSOR_NAME = re.compile(r"(?:(?P<chunk>\d+)\.)?(?:model\.)?(?:(?P<stem>blocks|layers)\.(?P<layer>\d+)\.)?(?P<rest>.+)")
+TENSOR_NAME = re.compile(
+    r"(?:(?P<chunk>[0-9]{1,6})\.)?(?:model\.)?(?:(?P<stem>blocks|layers)\.(?P<layer>[0-9]{1,6})\.)?(?P<rest>.+)"
+)
 
 
 def shard_name(tp_rank: int, pp_rank: int = 0) -> str:
@@ -97,7 +100,8 @@ def _shard_grid(folder: Path) -> dict[tuple[int, int], Path]:
     if not grid:
         raise ConversionError(f"{folder} holds no shard model_tp*_pp*.pt. --src takes an InternEvo checkpoint folder.")
     tp_size, pp_size = 1 + max(tp for tp, _ in grid), 1 + max(pp for _, pp in grid)
-    holes = [shard_name(tp, pp) for pp in range(pp_size) for tp in range(tp_size) if (tp, pp) not in grid]
+    places = ((tp, pp) for pp in range(pp_size) for tp in range(tp_size))  # millions, if a name says so
+    holes = [shard_name(*place) for place in itertools.islice((p for p in places if p not in grid), 5)]
     if holes:
         raise ConversionError(
             f"{folder} has shards up to {shard_name(tp_size - 1, pp_size - 1)} but lacks {', '.join(holes[:4])}"
@@ -140,7 +144,7 @@ def _first_layers(shards: Sequence[_Shard]) -> tuple[dict[tuple[int, int], int],
         for chunk, layers in shard.layers().items():
             count = len(layers)
             if layers != set(range(count)):
-                absent = min(set(range(max(layers))) - layers)
+                absent = next(layer for layer in itertools.count() if layer not in layers)
                 raise ConversionError(f"{shard.path} has layer {max(layers)} but no layer {absent}: it is incomplete.")
             if counts.setdefault((chunk, shard.pp), count) != count:
                 raise ConversionError(

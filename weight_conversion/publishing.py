@@ -9,6 +9,7 @@ Whatever a killed run left behind is cleaned up, or put back, by the next run fo
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -21,31 +22,46 @@ SPARE_BYTES = 64 << 20
 
 
 class Publication:
-    """A folder in the making for `target`. As a context manager: published on success, gone on failure."""
+    """A folder in the making for `target`. As a context manager: published on success, gone on failure.
+
+    An OSError that leaves the context without a path in it gets the folder's.
+    """
 
     def __init__(self, target: Path, *, force: bool, sources: tuple[Path, ...] = ()) -> None:
         self.target = Path(os.path.abspath(target))
+        if not self.target.name:
+            raise ConversionError(f"--tgt {target} is the root of all folders. Choose a folder in it.")
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self._replaced = self.target.with_name(f".{self.target.name}.replaced")
+        self._force = force
         self._lock: int | None = None
-        self._check_target(force, sources)
+        self._new_parents: list[Path] = []
+        self._check_sources(sources)
+        if os.path.lexists(self.folder) or os.path.lexists(self._replaced):
+            self._clean_up()
+        self._check_target()
 
-    def _check_target(self, force: bool, sources: tuple[Path, ...]) -> None:
-        real = self.target.resolve()
-        for source in sources:
-            if source.resolve() == real or real in source.resolve().parents:
+    def _check_sources(self, sources: tuple[Path, ...]) -> None:
+        real = Path(os.path.realpath(self.target))
+        for source in (Path(os.path.realpath(source)) for source in sources):
+            if source == real or real in source.parents:
                 raise ConversionError(f"--tgt {self.target} is, or holds, the source {source}. Choose another folder.")
+
+    def _check_target(self) -> None:
         if self.target.is_symlink() or (self.target.exists() and not self.target.is_dir()):
-            raise ConversionError(f"--tgt {self.target} exists and is not a folder. Choose another name.")
-        if self.target.exists() and any(self.target.iterdir()) and not force:
+            raise ConversionError(f"--tgt {self.target} exists and is a link or a file. Choose another name.")
+        if not self._force and self._is_filled():
             raise ConversionError(
                 f"--tgt {self.target} exists and is not empty. Remove it, or replace it with --force."
             )
 
+    def _is_filled(self) -> bool:
+        return self.target.exists() and any(self.target.iterdir())
+
     def check_space(self, needed: int) -> None:
-        """ConversionError where the disk has not `needed` bytes free beside what a killed run left."""
+        """ConversionError where the disk has not `needed` bytes free."""
         parent = next(folder for folder in self.target.parents if folder.exists())
-        free = shutil.disk_usage(parent).free + _size_of(self.folder)
+        free = shutil.disk_usage(parent).free
         if free < needed + SPARE_BYTES:
             raise ConversionError(
                 f"{parent} has {free / 1e9:.2f} GB free, {(needed + SPARE_BYTES) / 1e9:.2f} GB are needed. "
@@ -53,64 +69,97 @@ class Publication:
             )
 
     def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked_folder(self.folder)
-        self._recover()
+        self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked_folder(self.folder)
+            self._put_back()
+            self._check_target()
+        except BaseException:
+            self._abandon()
+            raise
         return self.folder
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
+        if error is None:
+            try:
                 self._publish()
-            else:
-                shutil.rmtree(self.folder, ignore_errors=True)
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-
-    def _recover(self) -> None:
-        """What a run killed between the two renames of --force left: the old folder, under its other name."""
-        if self._replaced.exists():
-            if self.target.exists():
-                shutil.rmtree(self._replaced)
-            else:
-                self._replaced.rename(self.target)
+            except BaseException as failure:
+                self._fail(failure)
+                raise
+            self._unlock()
+        else:
+            self._fail(error)
 
     def _publish(self) -> None:
+        for path in [*self.folder.rglob("*"), self.folder]:
+            _flush(path)
+        self._check_target()
+        if self._is_filled():
+            self.target.rename(self._replaced)
+        self.folder.rename(self.target)
         try:
-            for path in [*self.folder.rglob("*"), self.folder]:
-                _flush(path)
-            if self.target.exists() and any(self.target.iterdir()):
-                self.target.rename(self._replaced)
-            self.folder.rename(self.target)
             _flush(self.target.parent)
-        except BaseException:
-            self._recover()
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+        except OSError as error:
+            raise ConversionError(
+                f"{self.target} is complete, but {error.filename} could not be flushed to the disk ({error.strerror}). "
+                "Check the disk before you rely on it."
+            ) from error
         shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.folder)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Leaves things as they were before, and nothing of this run."""
+        if self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._put_back()
+            self._unlock()
+        for parent in self._new_parents:
+            with contextlib.suppress(OSError):  # somebody else may use it by now, or it was never made
+                parent.rmdir()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _put_back(self) -> None:
+        """What a run that ended between the two renames of --force left: the old folder, under its other name."""
+        if self.target.exists():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        elif self._replaced.exists():
+            self._replaced.rename(self.target)
+
+    def _clean_up(self) -> None:
+        """Removes or puts back what a killed run left; ConversionError where it is not dead."""
+        lock = _locked_folder(self.folder)
+        try:
+            self._put_back()
+            self.folder.rmdir()
+        finally:
+            os.close(lock)
 
 
 def _locked_folder(folder: Path) -> int:
-    """Makes `folder`, empty and locked by this process; what nobody holds any more is removed first."""
-    for _ in range(2):
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            lock = os.open(folder, os.O_RDONLY)
-            held = _try_lock(lock)
-            if held:
-                shutil.rmtree(folder)
-            os.close(lock)
-            if not held:
-                break
-        else:
-            lock = os.open(folder, os.O_RDONLY)
-            if _try_lock(lock):
-                return lock
-            os.close(lock)
-            break
-    raise ConversionError(f"another run is writing {folder}. Wait for it to end, or choose another --tgt.")
+    """The descriptor that locks `folder`, made where it was not and emptied where it was; it is closed to unlock.
+
+    ConversionError where another process has the lock, or had it and renamed or removed the folder meanwhile.
+    """
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if not _try_lock(lock) or not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
+            raise ConversionError(f"another run is writing {folder}. Wait for it to end, or choose another --tgt.")
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -126,9 +175,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*")) if folder.is_dir() else 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -67,6 +68,8 @@ UTF8_NAMES = 0x800
 EARLIEST_DATE = 0x21
 """1 January 1980: a fixed date keeps the same tensors the same file."""
 TENSOR_ALIGNMENT = 64
+LARGEST = (1 << 63) - 1
+"""No file position, size or stride is larger."""
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -93,7 +96,9 @@ def check_records(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises many kinds of errors
         raise ConversionError(f"{path} is damaged ({error}). Copy it again from where it was saved.") from error
     if damaged is not None:
         raise ConversionError(f"{path} is damaged: the checksum of its record {damaged!r} does not fit. Copy it again.")
@@ -110,8 +115,7 @@ class _Storage(NamedTuple):
     numel: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):  # a tuple, because a pickle can change no field of it
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
@@ -146,6 +150,8 @@ class _Call:
 def _rebuild_tensor(
     storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_unused: Any
 ) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError(f"it makes a tensor of {reprlib.repr(storage)}, which is no tensor storage")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -172,12 +178,13 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _KNOWN[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs") from None
+            asked = f"{module}.{name}"
+            raise pickle.UnpicklingError(f"it asks for {asked!r:.200}, which no checkpoint needs") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"it refers to {pid!r:.100}, which is no tensor storage")
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage")
         return _Storage(key, dtype, numel)
 
 
@@ -185,17 +192,17 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
     """The unpickled content and the tensor storages by key."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            (pickled,) = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == "data.pkl"]
-            prefix = pickled.filename.removesuffix("data.pkl")
-            content = archive.read(pickled)
-            if prefix + "byteorder" in archive.namelist() and archive.read(prefix + "byteorder") != b"little":
+            infos = archive.infolist()
+            located = {info.filename: _locate(file, info) for info in infos}
+            pickles = [info.filename for info in infos if info.filename.split("/", 1)[-1] == "data.pkl"]
+            if len(located) != len(infos) or len(pickles) != 1:
+                raise zipfile.BadZipFile("it has not each record once, data.pkl among them")
+            prefix = pickles[0].removesuffix("data.pkl")
+            content = archive.read(pickles[0])
+            if prefix + "byteorder" in located and archive.read(prefix + "byteorder") != b"little":
                 raise ConversionError(f"{path} was saved on a big-endian machine, which is not supported.")
             data = prefix + "data/"
-            records = {
-                info.filename.removeprefix(data): _locate(file, info)
-                for info in archive.infolist()
-                if info.filename.startswith(data)
-            }
+            records = {name.removeprefix(data): at for name, at in located.items() if name.startswith(data)}
     except ConversionError:
         raise
     except OSError:
@@ -224,23 +231,28 @@ def _unreadable(path: Path, error: Exception) -> ConversionError:
 
 
 def _locate(file: io.BufferedReader, info: zipfile.ZipInfo) -> _Record:
-    """Where a stored record's bytes lie; a record's local header may be longer than the central directory's."""
+    """Where a stored record's bytes lie: behind its local header, which repeats its name."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise zipfile.BadZipFile(f"record {info.filename!r} is compressed")
     file.seek(info.header_offset)
     fields = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    name = file.read(fields[-2]).decode("utf-8" if fields[2] & UTF8_NAMES else "cp437")
     position = info.header_offset + LOCAL_HEADER.size + fields[-2] + fields[-1]
-    if fields[0] != b"PK\x03\x04" or position + info.file_size > os.fstat(file.fileno()).st_size:
+    found = fields[0] == b"PK\x03\x04" and name == info.orig_filename
+    if not found or position + info.file_size > os.fstat(file.fileno()).st_size:
         raise zipfile.BadZipFile(f"record {info.filename!r} is not where the directory says")
     return _Record(position, info.file_size)
 
 
 def _stored(path: Path, name: object, value: object, records: Mapping[str, _Record]) -> StoredTensor:
     if not isinstance(name, str) or not isinstance(value, _Tensor):
-        raise ConversionError(f"{path} holds {name!r:.100}: {type(value).__name__}, expected only tensors by name.")
+        raise ConversionError(
+            f"{path} holds a {type(value).__name__} under {reprlib.repr(name)}, expected only tensors by name."
+        )
     storage, dtype = value.storage, value.storage.dtype
     numbers = (value.offset, *value.shape, *value.strides, storage.numel)
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(value.shape) != len(value.strides):
+    well_formed = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
+    if not well_formed or len(value.shape) != len(value.strides):
         raise ConversionError(f"{path}: tensor {name!r} has a shape or position that no tensor has.")
     record = records.get(storage.key)
     if record is None or record.size != storage.numel * dtype.itemsize:
@@ -263,7 +275,9 @@ def _stored(path: Path, name: object, value: object, records: Mapping[str, _Reco
 
 def write_plain_dict(path: Path, content: Mapping[str, Any]) -> None:
     """Saves a dict of plain values as torch.save does."""
-    torch.save(dict(content), path)
+    buffer = io.BytesIO()  # writing a file itself, torch.save reports a full disk without path and reason
+    torch.save(dict(content), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 class _StorageRef(NamedTuple):
