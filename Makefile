@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint compat-environments
+.PHONY: demo test lint compat compat-ci compat-environments
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -26,3 +26,11 @@ test: lint
 # .compat/<version>/: transformers 4.57.6 to 5.23.0, one folder each, all on this environment's torch.
 compat-environments: $(READY)
 	$(BIN)/python tests/versions/environments.py
+
+# What every version makes of the model packages and of the converters' folders: benchmarks/compatibility.md.
+compat: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python tests/versions/compatibility.py
+
+# The oldest and the newest version only.
+compat-ci: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python tests/versions/compatibility.py 4.57.6 5.23.0

@@ -1,0 +1,370 @@
+"""What is tried in the environment of one transformers version. Run by compatibility.py:
+
+    checks.py features FOLDERS RESULTS        every check of CHECKS, on the golden folders
+    checks.py save CONVERTED TARGET RESULTS   loads the converted folders and saves them into TARGET
+    checks.py load SAVED RESULTS              loads every folder in SAVED and compares with what it has to give
+
+RESULTS is the JSON file to write: the transformers version, and {what: {of which: error}} with "" for none.
+Models come from folders through the Auto classes with trust_remote_code, as users load them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+import transformers
+from golden import Golden
+from layout import EXPECTED, MODELS, ROPE_BASE, SCALING_FACTOR, TOKENIZER, TOKENIZERS, golden_folder
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+AUTO_CLASSES = {
+    "causal_lm": AutoModelForCausalLM,
+    "base_model": AutoModel,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+Results = dict[str, dict[str, str]]
+
+TEXTS = (
+    "the river runs under the old stone bridge",
+    "天上有云，  地上有水。\n\n\tx = 'ß'",
+    " two  spaces ",
+    "🙂 <0x41>",
+)
+
+
+def load(folder: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
+    return auto.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random ids [batch, length] without special tokens."""
+    return torch.randint(3, 320, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's golden cases and the folders made for them."""
+
+    name: str
+    folders: Path
+
+    @cached_property
+    def golden(self) -> Golden:
+        return Golden(self.name)
+
+    def model(self, case: str = "origin.short20", **kwargs: Any) -> Any:
+        """The model of a golden case, loaded from its folder."""
+        kind = self.golden.cases[case]["cls"]
+        model = load(golden_folder(self.folders, self.name, case), AUTO_CLASSES[kind], **kwargs)
+        return model.base_model if kind == "base_model" else model
+
+    def folder(self) -> Path:
+        return golden_folder(self.folders, self.name, "origin.short20")
+
+    def compare(self, case: str, model: Any) -> None:
+        """Runs a recorded forward pass and compares everything recorded."""
+        inputs = self.golden.inputs(case)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        mask = inputs.get(self.golden.cases[case].get("compare_mask"))
+        real = ... if mask is None else mask == 1
+        for key, expected in self.golden.outputs(case).items():
+            actual = getattr(outputs, key)
+            actual = torch.stack(actual) if isinstance(actual, tuple) else actual
+            close(actual[real], expected[real])
+
+
+# ------------------------------------------------------------------------------------------------------- features
+
+
+def auto_classes(family: Family) -> None:
+    config = AutoConfig.from_pretrained(family.folder(), trust_remote_code=True)
+    assert config.model_type == family.name
+    prefix = type(config).__name__.removesuffix("Config")
+    for auto, head in (
+        (AutoModel, "ForCausalLM"),
+        (AutoModelForCausalLM, "ForCausalLM"),
+        (AutoModelForSequenceClassification, "ForSequenceClassification"),
+    ):
+        model = load(family.folder(), auto)
+        assert type(model).__name__ == prefix + head, type(model)
+        assert model.dtype == torch.float32
+        assert auto.from_config(config, trust_remote_code=True).config.hidden_size == config.hidden_size
+
+
+def tokenizer(family: Family) -> None:
+    check_tokenizer(AutoTokenizer.from_pretrained(family.folder(), trust_remote_code=True), family.folder())
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder.parent / TOKENIZER))
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        expected = [1, *model.encode(text)]
+        assert ids == expected, f"{text!r} became {ids}, expected {expected}"
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        assert decoded == text, f"{text!r} came back as {decoded!r}"
+
+
+def golden_forward(family: Family) -> None:
+    for case in family.golden.names("forward"):
+        if "bf16" not in case:
+            family.compare(case, family.model(case))
+
+
+@torch.no_grad()
+def golden_decoding(family: Family) -> None:
+    for case in family.golden.names("incremental"):
+        model, ids = family.model(case), family.golden.inputs(case)["input_ids"]
+        expected, prefill = family.golden.outputs(case)["step_logits"], family.golden.cases[case]["prefill"]
+        outputs = model(ids[:, :prefill], use_cache=True)
+        steps = [outputs.logits[:, -1]]
+        for position in range(prefill, prefill + expected.shape[1] - 1):
+            outputs = model(ids[:, position : position + 1], past_key_values=outputs.past_key_values)
+            steps.append(outputs.logits[:, -1])
+        close(torch.stack(steps, 1), expected)
+
+
+def golden_generation(family: Family) -> None:
+    for case in family.golden.names("generate"):
+        sequences = family.model(case).generate(**family.golden.inputs(case))
+        assert torch.equal(sequences, family.golden.outputs(case)["sequences"]), case
+
+
+def greedy(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The 12 greedy tokens after `ids`, whatever they are."""
+    return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **kwargs)[:, -12:]
+
+
+def beam_search(family: Family) -> None:
+    model, ids = family.model("dynamic.short20"), tokens(2, 8)
+    settings = {"num_beams": 3, "max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+def left_padded(short: torch.Tensor, long: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows [1, n] in a batch where even the longer one has padding: ids and mask."""
+    width = long.shape[1] + 3
+    ids = torch.cat([F.pad(row, (width - row.shape[1], 0)) for row in (short, long)])
+    mask = torch.cat([F.pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in (short, long)])
+    return ids, mask
+
+
+def left_padding(family: Family) -> None:
+    check_padded_generation(family.model("dynamic.short20"))
+
+
+def static_cache(family: Family) -> None:
+    check_padded_generation(family.model("dynamic.short20"), cache_implementation="static", disable_compile=True)
+
+
+def check_padded_generation(model: Any, **kwargs: Any) -> None:
+    rows = [tokens(1, 6, seed=1), tokens(1, 11, seed=2)]
+    ids, mask = left_padded(*rows)
+    batch = greedy(model, ids, attention_mask=mask, **kwargs)
+    assert torch.equal(batch, torch.cat([greedy(model, row) for row in rows]))
+
+
+def attention_weights(family: Family) -> None:
+    family.compare("origin.hidden_attn", family.model("origin.hidden_attn"))
+
+
+def sdpa(family: Family) -> None:
+    for case in ("origin.short20", "dynamic.long48", "dynamic.leftpad3", "origin.loss"):
+        family.compare(case, family.model(case, attn_implementation="sdpa"))
+
+
+@torch.no_grad()
+def packed_sequences(family: Family) -> None:
+    model, rows = family.model("dynamic.short20"), [tokens(1, length, seed=length) for length in (7, 40, 1)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    close(model(torch.cat(rows, 1), position_ids=positions).logits, torch.cat([model(row).logits for row in rows], 1))
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.train()
+    ids = tokens(2, 16)
+    model(ids, labels=ids).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def loss_and_backward(family: Family) -> None:
+    family.compare("origin.loss", family.model("origin.loss"))
+    for name, gradient in gradients(family.model()).items():
+        assert gradient is not None, f"{name} has no gradient"
+        assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
+        assert gradient.any(), f"the gradient of {name} is zero"
+
+
+def gradient_checkpointing(family: Family) -> None:
+    model, checkpointed = family.model(), family.model()
+    checkpointed.gradient_checkpointing_enable()
+    assert checkpointed.is_gradient_checkpointing
+    recomputed = gradients(checkpointed)
+    for name, gradient in gradients(model).items():
+        close(recomputed[name], gradient)
+
+
+@torch.no_grad()
+def save_and_reload(family: Family) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        first, second = Path(scratch, "first"), Path(scratch, "second")
+        model, ids = family.model("dynamic.long48"), tokens(1, 48)
+        model.save_pretrained(first)
+        reloaded = load(first)
+        assert torch.equal(reloaded(ids).logits, model(ids).logits)
+        reloaded.save_pretrained(second)
+        assert (first / "config.json").read_text() == (second / "config.json").read_text()
+
+
+def lora(family: Family) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    names = {"internlm": ["q_proj", "v_proj", "down_proj"], "internlm2": ["wqkv", "wo", "w2"]}
+    model = get_peft_model(family.model(), LoraConfig(target_modules=names[family.name], r=2))
+    adapted = {name for name, gradient in gradients(model).items() if gradient is not None}
+    assert adapted
+    assert all("lora_" in name for name in adapted), adapted
+
+
+def trainer(family: Family) -> None:
+    examples = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(8, 16)]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = transformers.TrainingArguments(
+            output_dir=scratch, max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+        )
+        result = transformers.Trainer(model=family.model(), args=arguments, train_dataset=examples).train()
+    assert 0 < result.training_loss < 20
+
+
+@torch.no_grad()
+def offload(family: Family) -> None:
+    model, ids = family.model("dynamic.long48"), tokens(1, 48)
+    with tempfile.TemporaryDirectory() as scratch:
+        places = {name: "disk" for name, _ in model.named_children()} | {"model": "cpu"}
+        offloaded = family.model("dynamic.long48", device_map=places, offload_folder=scratch)
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def compiled(family: Family) -> None:
+    model, ids = family.model("dynamic.long48", attn_implementation="sdpa"), tokens(1, 48)
+    close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits, model(ids).logits)
+
+
+CHECKS: dict[str, Callable[[Family], None]] = {
+    "AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification": auto_classes,
+    "AutoTokenizer: the ids of SentencePiece, exact round trip": tokenizer,
+    "golden forward passes": golden_forward,
+    "golden decoding, token by token": golden_decoding,
+    "golden greedy generation, cached and uncached": golden_generation,
+    "beam search, cached = uncached": beam_search,
+    "left-padded generation = each row alone": left_padding,
+    "the same with a static cache": static_cache,
+    "output_attentions, output_hidden_states": attention_weights,
+    'attn_implementation="sdpa"': sdpa,
+    "packed sequences = each alone": packed_sequences,
+    "loss and backward": loss_and_backward,
+    "gradient checkpointing: the same gradients": gradient_checkpointing,
+    "save_pretrained and reload: the same bits": save_and_reload,
+    "device_map with cpu and disk": offload,
+    "torch.compile(fullgraph=True)": compiled,
+    "Trainer": trainer,
+    "PEFT LoRA": lora,
+}
+
+
+# -------------------------------------------------------------------------------------------------- saved and loaded
+
+
+def save_model(source: Path, target: Path) -> None:
+    load(source).save_pretrained(target)
+
+
+def save_tokenizer(source: Path, target: Path) -> None:
+    AutoTokenizer.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+
+
+@torch.no_grad()
+def load_model(folder: Path) -> None:
+    """The rotary setting is the one converted, and the logits are those of the converted model, bit by bit."""
+    model, expected = load(folder), load_file(folder / EXPECTED)
+    scaling = ("dynamic", SCALING_FACTOR) if "_dynamic_" in folder.name else ("origin", 1.0)
+    assert tuple(model.config.rope()) == (ROPE_BASE, *scaling), model.config.rope()
+    logits = model(expected["input_ids"]).logits
+    assert torch.equal(logits, expected["logits"]), f"off by {(logits - expected['logits']).abs().max():.1e}"
+
+
+def load_tokenizer(folder: Path) -> None:
+    check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=True), folder)
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+def error_of(action: Callable[..., None], *arguments: Any) -> str:
+    """What went wrong in one line, "" if nothing did; the whole of it on the error stream."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
+def features(folders: str) -> Results:
+    families = [Family(name, Path(folders)) for name in ("internlm", "internlm2")]
+    return {title: {f.name: error_of(check, f) for f in families} for title, check in CHECKS.items()}
+
+
+def save_all(converted: str, target: str) -> Results:
+    results: Results = {MODELS: {}, TOKENIZERS: {}}
+    for source in sorted(Path(converted).glob("*_by_converter")):
+        saved = Path(target, source.name.replace("converter", transformers.__version__.replace(".", "_")))
+        saved.mkdir()
+        shutil.copyfile(source / EXPECTED, saved / EXPECTED)
+        results[MODELS][saved.name] = error_of(save_model, source, saved)
+        results[TOKENIZERS][saved.name] = error_of(save_tokenizer, source, saved)
+    return results
+
+
+def load_all(saved: str) -> Results:
+    folders = sorted(Path(saved).glob("*_by_*"))
+    return {
+        MODELS: {folder.name: error_of(load_model, folder) for folder in folders},
+        TOKENIZERS: {folder.name: error_of(load_tokenizer, folder) for folder in folders},
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    command, *rest, results = arguments
+    found = {"features": features, "save": save_all, "load": load_all}[command](*rest)
+    Path(results).write_text(json.dumps({"transformers": transformers.__version__, **found}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])
