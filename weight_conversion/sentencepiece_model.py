@@ -66,8 +66,9 @@ class SentencePieceModel:
             )
         data = path.read_bytes()
         sentencepiece.SetMinLogLevel(2)  # errors only: it warns of the NUL piece that both families have
+        processor = sentencepiece.SentencePieceProcessor()
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+            processor.LoadFromSerializedProto(data)
             message = list(_fields(data))
         except (RuntimeError, ValueError, IndexError) as error:
             raise ConversionError(
