@@ -11,7 +11,7 @@ import torch
 
 from .copying import Copier, Move, Task
 from .errors import ConversionError
-from .family import Family, Rope, training_shape
+from .family import Family, Rope, positive_number, training_shape
 from .hf_folder import (
     CONFIG,
     GENERATION_CONFIG,
@@ -21,11 +21,12 @@ from .hf_folder import (
     write_index,
     write_json,
 )
-from .internevo_folder import TrainingCheckpoint, read_checkpoint, verify_files
+from .internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
 from .matching import Match, match_training
 from .publishing import Publication
 from .reporting import Reporter
 from .rules import ModelShape
+from .safetensors_file import read_header
 from .table import Entry, Layout
 from .tokenizer_files import Tokenizer
 from .views import StoredTensor, TensorSpec
@@ -80,6 +81,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     _check_replicas(source)
     weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
+    config = _config(family, request, source)
     _warn(family, request, source, reporter)
     with publication as folder:
         _write_weights(source, weights, request, reporter)
@@ -89,7 +91,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
         write_json(folder / GENERATION_CONFIG, _generation_config(family, request.chat))
         if weights.index is not None:
             write_index(folder, weights.index)
-        write_json(folder / CONFIG, _config(family, request, source))
+        write_json(folder / CONFIG, config)
     reporter.summary(len(weights.tensors), sum(tensor.nbytes for tensor in weights.tensors.values()), request.target)
 
 
@@ -170,6 +172,9 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
     with reporter.progress("converting", total) as progress:
         Copier(progress).gather(once)
     if request.verify:
+        for writer in weights.writers:
+            if read_header(writer.path) != writer.tensors:
+                raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
                 raise ConversionError(
@@ -188,7 +193,8 @@ def _normalized_rows(rows: torch.Tensor) -> torch.Tensor:
 def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[str, Any]:
     """config.json in the spelling that every consumer reads: legacy and current keys, nothing left to defaults."""
     shape, training = source.shape, source.checkpoint.config
-    rope = Rope(training.get("rope_base", DEFAULT_ROPE_BASE), request.dynamic_factor)
+    where = source.checkpoint.folder / MODEL_CONFIG
+    rope = Rope(positive_number(training, "rope_base", where, DEFAULT_ROPE_BASE), request.dynamic_factor)
     dtype = str(request.dtype).removeprefix("torch.")
     name = family.name
     modeling = f"modeling_{family.model_type}.{name}"
@@ -215,7 +221,7 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_kv_heads,
         "pad_token_id": 2,
-        "rms_norm_eps": training.get("layer_norm_epsilon", DEFAULT_NORM_EPSILON),
+        "rms_norm_eps": positive_number(training, "layer_norm_epsilon", where, DEFAULT_NORM_EPSILON),
         **_rope_config(rope),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from .table import LAYER, Layout, Row, Table
 from .tokenizer_files import TokenizerSpec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+LARGEST_SIZE = (1 << 31) - 1
+"""No model has a larger one; it keeps arithmetic with sizes from a damaged file small."""
 
 INTERMEDIATE_MULTIPLE = 256
 """The training framework rounds the intermediate size up to a multiple of this."""
@@ -56,47 +61,56 @@ def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout)
     Defaults are those of the training framework for keys that its configuration leaves out.
     """
     config, where = checkpoint.config, checkpoint.folder / MODEL_CONFIG
-    sizes = _sizes_found(checkpoint, table, layout)
-    heads = _positive(config, "num_attention_heads", where)
+    if config.get("num_layers", checkpoint.num_layers) != checkpoint.num_layers:
+        raise ConversionError(
+            f"{where} says num_layers = {config['num_layers']}, but the shards in {checkpoint.folder} hold "
+            f"{checkpoint.num_layers} layers. Shards are missing, or of another run."
+        )
+    heads = positive_integer(config, "num_attention_heads", where)
     shape = ModelShape(
-        hidden_size=_positive(config, "hidden_size", where),
-        intermediate_size=_positive(sizes, "intermediate_size", checkpoint.folder),
-        vocab_size=_positive(sizes, "vocab_size", checkpoint.folder),
+        hidden_size=positive_integer(config, "hidden_size", where),
+        intermediate_size=_size_found("intermediate_size", checkpoint, table, layout),
+        vocab_size=_size_found("vocab_size", checkpoint, table, layout),
         num_layers=checkpoint.num_layers,
         num_heads=heads,
-        num_kv_heads=_positive(config, "num_kv_attention_heads", where, heads),
+        num_kv_heads=positive_integer(config, "num_kv_attention_heads", where, heads),
     )
-    for key, found in (
-        ("num_layers", shape.num_layers),
-        ("vocab_size", shape.vocab_size),
-        ("hidden_size", sizes.get("hidden_size")),
-    ):
-        if config.get(key, found) != found:
-            raise ConversionError(f"{where} says {key} = {config[key]}, but the shards hold {found}.")
     return checked_shape(shape, where)
 
 
-def _sizes_found(checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> dict[str, int]:
-    """The sizes that the first tensor of each split row shows."""
-    sizes: dict[str, int] = {}
+def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> int:
+    """A size as the first tensor that has it shows it; ConversionError where model_config.pt says otherwise."""
+    names = []
     for row in table.rows_for(layout):
-        tensor = checkpoint.first(row.training[0].replace(LAYER, "0"))
-        if isinstance(row.rule, Split) and tensor is not None and len(tensor.shape) == len(row.dims[0]):
-            for dim, (name, size) in enumerate(zip(row.dims[0], tensor.shape, strict=True)):
-                sizes.setdefault(name, size * checkpoint.tp_size if dim == row.rule.dim else size)
-    return sizes
+        if not isinstance(row.rule, Split) or size not in row.dims[0]:
+            continue
+        names.append(row.training[0].replace(LAYER, "0"))
+        tensor, dim = checkpoint.first(names[-1]), row.dims[0].index(size)
+        if tensor is None or len(tensor.shape) != len(row.dims[0]):
+            continue
+        found = tensor.shape[dim] * (checkpoint.tp_size if dim == row.rule.dim else 1)
+        if checkpoint.config.get(size, found) != found:
+            raise ConversionError(
+                f"{checkpoint.folder / MODEL_CONFIG} says {size} = {checkpoint.config[size]}, but tensor "
+                f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}."
+            )
+        return found
+    raise ConversionError(
+        f"{checkpoint.folder}: none of the tensors {', '.join(map(repr, names))} is there, or it has not the number of "
+        "dimensions that it should have. The checkpoint is incomplete or no model of this family."
+    )
 
 
 def hf_shape(config: Mapping[str, Any], where: Path) -> ModelShape:
     """The model's sizes from config.json."""
-    heads = _positive(config, "num_attention_heads", where)
+    heads = positive_integer(config, "num_attention_heads", where)
     shape = ModelShape(
-        hidden_size=_positive(config, "hidden_size", where),
-        intermediate_size=_positive(config, "intermediate_size", where),
-        vocab_size=_positive(config, "vocab_size", where),
-        num_layers=_positive(config, "num_hidden_layers", where),
+        hidden_size=positive_integer(config, "hidden_size", where),
+        intermediate_size=positive_integer(config, "intermediate_size", where),
+        vocab_size=positive_integer(config, "vocab_size", where),
+        num_layers=positive_integer(config, "num_hidden_layers", where),
         num_heads=heads,
-        num_kv_heads=_positive(config, "num_key_value_heads", where, heads),
+        num_kv_heads=positive_integer(config, "num_key_value_heads", where, heads),
     )
     return checked_shape(shape, where)
 
@@ -110,11 +124,21 @@ def checked_shape(shape: ModelShape, where: Path) -> ModelShape:
     return shape
 
 
-def _positive(config: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
+def positive_integer(config: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
+    """A setting, or `default` where it is absent or None; ConversionError where that is no positive whole number."""
     value = config.get(key)
     value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ConversionError(f"{where}: {key} is {value!r}, expected a positive whole number.")
+    if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+        raise ConversionError(f"{where}: {key} is {reprlib.repr(value)}, expected a positive whole number.")
+    return value
+
+
+def positive_number(config: Mapping[str, Any], key: str, where: Path, default: float | None = None) -> float:
+    """A setting, or `default` where it is absent or None; ConversionError where that is no positive finite number."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConversionError(f"{where}: {key} is {reprlib.repr(value)}, expected a positive number.")
     return value
 
 

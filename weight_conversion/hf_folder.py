@@ -22,7 +22,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import ConversionError
 from .safetensors_file import SafetensorsWriter, read_header
-from .torch_file import read_state_dict
+from .torch_file import check_records, read_state_dict
 from .views import StoredTensor, TensorSpec
 
 CONFIG = "config.json"
@@ -69,6 +69,13 @@ def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
                 f"{folder / file} lacks tensor {name!r}, which {weights.single}{INDEX_SUFFIX} puts there."
             )
     return HFFolder(folder, weights, config, tensors)
+
+
+def verify_files(folder: HFFolder) -> None:
+    """Reads files that carry checksums whole (.bin) and checks them; safetensors carry none."""
+    if folder.format is TORCH:
+        for path in sorted({tensor.path for tensor in folder.tensors.values()}):
+            check_records(path)
 
 
 def has_weights(folder: Path, weights: WeightFormat) -> bool:

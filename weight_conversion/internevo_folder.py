@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConversionError
 from .torch_file import TorchFileWriter, check_records, read_plain_dict, read_state_dict, write_plain_dict
@@ -38,7 +38,7 @@ TENSOR_NAME = re.compile(
 )
 
 
-def shard_name(tp_rank: int, pp_rank: int = 0) -> str:
+def shard_name(tp_rank: int, pp_rank: int | Literal["*"] = 0) -> str:
     return f"model_tp{tp_rank}_pp{pp_rank}.pt"
 
 

@@ -5,14 +5,14 @@ The result is moves: which windows of which tensors hold the same elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .copying import Move
 from .errors import ConversionError
-from .internevo_folder import TrainingCheckpoint
+from .internevo_folder import TrainingCheckpoint, shard_name
 from .rules import ModelShape
 from .table import Entry, Layout, Table
 from .views import StoredTensor, TensorSpec
@@ -45,12 +45,8 @@ def match_training(
 ) -> list[tuple[Entry, list[list[StoredTensor]]]]:
     """Every entry with the tensors of each rank that holds it; ConversionError names what does not fit."""
     entries = table.entries(layout, shape)
-    _refuse_unknown(
-        checkpoint.tensors,
-        {name for entry in entries for name in entry.training},
-        table,
-        str(checkpoint.folder),
-    )
+    found = {name: tensor for name in checkpoint.tensors if (tensor := checkpoint.first(name))}
+    _refuse_unknown(found, {name for entry in entries for name in entry.training}, table)
     return [(entry, _parts_of(entry, checkpoint, shape)) for entry in entries]
 
 
@@ -68,8 +64,9 @@ def _parts_of(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShape) -
                 continue
             if tensor is None:
                 raise ConversionError(
-                    f"{checkpoint.folder}: tensor {name!r} (layers counted through the pipeline) is missing on "
-                    f"rank {rank} of {tp_size}. The checkpoint is incomplete or no model of this family."
+                    f"{checkpoint.folder}: tensor {name!r} (layers counted through the pipeline) is in none of "
+                    f"{shard_name(rank, '*')}, expected on each of {len(holders)} tensor-parallel ranks. The "
+                    "checkpoint is incomplete or no model of this family."
                 )
             _check(tensor, expected, f"on each of {tp_size} tensor-parallel ranks")
             parts[rank].append(tensor)
@@ -82,7 +79,7 @@ def match_hf(
 ) -> list[tuple[Entry, list[StoredTensor]]]:
     """Every entry with its Hugging Face tensors; ConversionError names what does not fit."""
     entries = table.entries(layout, shape)
-    _refuse_unknown(tensors, {name for entry in entries for name in entry.hf}, table, where)
+    _refuse_unknown(tensors, {name for entry in entries for name in entry.hf}, table)
     matched = []
     for entry in entries:
         fulls = []
@@ -113,12 +110,13 @@ def part_specs(entry: Entry, fulls: Sequence[StoredTensor], tp_size: int, shape:
     return [TensorSpec(name, sizes, fulls[0].dtype) for name, sizes in zip(entry.training, shapes, strict=True)]
 
 
-def _refuse_unknown(found: Iterable[str], expected: set[str], table: Table, where: str) -> None:
+def _refuse_unknown(found: Mapping[str, StoredTensor], expected: set[str], table: Table) -> None:
     unknown = sorted(name for name in found if name not in expected and not table.is_ignored(name))
     if unknown:
+        first, more = found[unknown[0]], len(unknown) - 1
         raise ConversionError(
-            f"{where} has tensors that no model of this family has: {', '.join(map(repr, unknown[:4]))}"
-            f"{f' and {len(unknown) - 4} more' if len(unknown) > 4 else ''}. Nothing may get lost, so nothing is done."
+            f"{first.path}: tensor {first.name!r}{f' and {more} more' if more else ''} is not expected in this model. "
+            "Nothing may get lost, so nothing is done."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Any
 
 from .copying import Copier, Task
 from .errors import ConversionError
-from .family import Family, Rope, hf_shape, mlp_ratio
-from .hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder
+from .family import Family, Rope, hf_shape, mlp_ratio, positive_integer, positive_number
+from .hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
 from .internevo_folder import shard_writers, write_model_config
 from .matching import Match, match_hf, part_specs
 from .publishing import Publication
 from .reporting import Reporter
 from .rules import ModelShape
 from .table import Entry
-from .torch_file import TorchFileWriter
+from .torch_file import TorchFileWriter, check_records, read_state_dict
 from .views import StoredTensor, TensorSpec
 
 HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
@@ -53,6 +54,8 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
     publication = Publication(request.target, force=request.force, sources=(request.source,))
     source = _understand(family, request, reporter)
+    if request.verify:
+        verify_files(source.folder)
     config = _training_config(family, request, source, reporter)
     writers = shard_writers(publication.folder, _rank_specs(source, request.tp_size))
     publication.check_space(sum(writer.size for writer in writers))
@@ -111,6 +114,10 @@ def _write_shards(
     for writer in writers:
         writer.seal(checksums[writer.path])
     if request.verify:
+        for writer in writers:
+            check_records(writer.path)
+            if read_state_dict(writer.path) != writer.tensors:
+                raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
                 raise ConversionError(
@@ -121,7 +128,9 @@ def _write_shards(
 def _training_config(family: Family, request: RevertRequest, source: _Source, reporter: Reporter) -> dict[str, Any]:
     """model_config.pt: the keys that the framework's builder of this family takes."""
     shape, config = source.shape, source.folder.config
-    rope = _rope(config, source.folder.folder / CONFIG, reporter)
+    where = source.folder.folder / CONFIG
+    rope = _rope(config, where, reporter)
+    positions = positive_integer(config, "max_position_embeddings", where)
     dtypes = {fulls[0].dtype for _, fulls in source.fulls}
     if len(dtypes) > 1:
         reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
@@ -139,30 +148,44 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         "mlp_ratio": mlp_ratio(shape),
         "norm_type": "rmsnorm",
         "apply_post_layer_norm": False,
-        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, 1e-6),
         "rope_base": rope.theta,
         "use_flash_attn": request.use_flash,
-        **family.training_config(shape, {**config, "bias": source.has_bias}, rope),
+        **family.training_config(
+            shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
+        ),
     }
 
 
 def _rope(config: Mapping[str, Any], where: Path, reporter: Reporter) -> Rope:
     """The rotary settings in whichever spelling config.json has; ConversionError where two spellings disagree."""
-    parameters, rotary = config.get("rope_parameters") or {}, config.get("rotary") or {}
-    scaling = config.get("rope_scaling") or {}
-    bases = {base for base in (config.get("rope_theta"), parameters.get("rope_theta"), rotary.get("base")) if base}
-    kinds = {spelled.get("rope_type", spelled.get("type")) for spelled in (parameters, scaling, rotary) if spelled}
+    parameters, scaling, rotary = (
+        _settings(config, key, where) for key in ("rope_parameters", "rope_scaling", "rotary")
+    )
+    spellings = [spelled for spelled in (parameters, scaling, rotary) if spelled]
+    given_bases = ((config, "rope_theta"), (parameters, "rope_theta"), (rotary, "base"))
+    bases = {positive_number(given, key, where) for given, key in given_bases if given.get(key) is not None}
+    kinds = {str(spelled.get("rope_type") or spelled.get("type") or "default") for spelled in spellings}
     kinds = {"default" if kind == "origin" else kind for kind in kinds}
-    if len(bases) > 1 or len(kinds) > 1:
+    factors = {
+        positive_number(spelled, key, where) for spelled in spellings for key in FACTORS if spelled.get(key) is not None
+    }
+    if len(bases) > 1 or len(kinds) > 1 or (kinds == {"dynamic"} and len(factors) > 1):
         raise ConversionError(
             f"{where} gives several rotary settings that contradict each other: bases {sorted(bases)}, "
-            f"types {sorted(map(str, kinds))}. Keep one."
+            f"types {sorted(kinds)}, factors {sorted(factors)}. Keep one."
         )
     kind = kinds.pop() if kinds else "default"
-    factors = [spelled[key] for spelled in (parameters, scaling, rotary) for key in FACTORS if key in spelled]
     if kind not in ("default", "dynamic"):
         reporter.warn(f"rotary scaling {kind!r} has no counterpart in InternEvo: only the base is kept.")
-    return Rope(bases.pop() if bases else 10000, (factors[0] if factors else 1.0) if kind == "dynamic" else None)
+    return Rope(bases.pop() if bases else 10000, (factors.pop() if factors else 1.0) if kind == "dynamic" else None)
+
+
+def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where}: {key} is {reprlib.repr(value)}, expected an object of settings.")
+    return value
 
 
 FACTORS = ("factor", "scaling_factor")
