@@ -193,11 +193,12 @@ def _status(action: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        paths = [str(path) for path in (error.filename, error.filename2) if path]
+        where = f"{' -> '.join(paths)}: " if paths else ""
         print(f"error: {where}{error.strerror or error}. {_advice(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: --tgt is as it was before, or complete", file=sys.stderr)
         return 130
     return 0
 

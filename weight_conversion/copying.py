@@ -167,7 +167,7 @@ class _Files:
         except OSError as error:
             if error.errno in _NO_KERNEL_COPY:
                 return 0
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            raise OSError(error.errno, error.strerror, str(source), None, str(target)) from error
 
 
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}

@@ -145,13 +145,15 @@ def plan_weights(folder: Path, specs: Sequence[TensorSpec], max_shard_size: str)
     """Distributes the tensors over files as `save_pretrained(max_shard_size=...)` of transformers 5 does."""
     by_name = {spec.name: spec for spec in sorted(specs, key=lambda spec: natural_order(spec.name))}
     try:
+        if float(max_shard_size.rstrip("BKMGTbkmgt ")) <= 0:
+            raise ValueError(max_shard_size)
         split = split_state_dict_into_shards_factory(
             by_name,
             get_storage_size=lambda spec: spec.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConversionError(f"--max_shard {max_shard_size} is not a size such as 10GB or 500MB.") from error
     writers = [
         SafetensorsWriter(folder / file, [by_name[name] for name in names])

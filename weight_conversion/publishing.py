@@ -48,6 +48,9 @@ class Publication:
                 raise ConversionError(f"--tgt {self.target} is, or holds, the source {source}. Choose another folder.")
 
     def _check_target(self) -> None:
+        for parent in self.target.parents:
+            if os.path.lexists(parent) and not parent.is_dir():
+                raise ConversionError(f"--tgt {self.target} is to lie in {parent}, which is no folder. Choose another.")
         if self.target.is_symlink() or (self.target.exists() and not self.target.is_dir()):
             raise ConversionError(f"--tgt {self.target} exists and is a link or a file. Choose another name.")
         if not self._force and self._is_filled():

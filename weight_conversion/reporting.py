@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .copying import Progress
+from .errors import ConversionError
 
 
 class Reporter:
@@ -30,7 +31,8 @@ class Reporter:
     def progress(self, what: str, total: int) -> Iterator[Progress]:
         """A bar of `total` bytes; the function it gives may be called by several threads."""
         lock = threading.Lock()
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+        hidden = None if sys.stderr else True  # None: hidden where the error stream is no terminal
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=hidden) as bar:
 
             def advance(count: int) -> None:
                 with lock:
@@ -42,4 +44,10 @@ class Reporter:
         """What was written, and how long the whole run took."""
         files = sorted(path.name for path in target.iterdir())
         seconds = time.monotonic() - self._start
-        print(f"{tensors} tensors, {nbytes / 1e9:.3f} GB, {seconds:.1f} s. Wrote {target}: {', '.join(files)}")
+        try:
+            print(
+                f"{tensors} tensors, {nbytes / 1e9:.3f} GB, {seconds:.1f} s. Wrote {target}: {', '.join(files)}",
+                flush=True,
+            )
+        except OSError as error:
+            raise ConversionError(f"{target} is complete, but its summary cannot be printed: {error}.") from error
