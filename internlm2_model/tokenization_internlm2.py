@@ -165,8 +165,10 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
     def _save_pretrained(
         self, save_directory: str | PathLike[str], file_names: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
-        _complete_settings(Path(file_names[0]), self)
-        return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
+        config = Path(file_names[0])
+        _complete_settings(config, self)
+        written = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
+        return written + _copy_fast_file(Path(self.vocab_file), config)
 
 
 # transformers 5 leaves add_bos_token and add_eos_token out of the tokenizer_config.json it saves, and drops them from
@@ -185,3 +187,23 @@ def _complete_settings(config: Path, tokenizer: InternLM2Tokenizer) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Readers without this code, transformers 5.3 to 5.11 among them, need tokenizer.json; the base class does not save it.
+
+
+def _copy_fast_file(vocab_file: Path, config: Path) -> tuple[str, ...]:
+    """Copy the tokenizer.json beside `vocab_file` to beside the new `config`, if it is still true; return its path."""
+    source = vocab_file.with_name("tokenizer.json")
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if not source.is_file() or _token_settings(settings) != _token_settings(_saved_settings(vocab_file)):
+        return ()
+    target = config.with_name(config.name.replace("tokenizer_config", "tokenizer"))
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+    return (str(target),)
+
+
+def _token_settings(settings: dict[str, Any]) -> tuple[Any, ...]:
+    added = {index: token["content"] for index, token in settings.get("added_tokens_decoder", {}).items()}
+    return added, settings.get("add_bos_token"), settings.get("add_eos_token")
