@@ -47,7 +47,7 @@ PRESETS = {
     "1.8b": Preset("internlm2", 2048, 24, 16, 8, 8192, 92544),
     "7b": Preset("internlm2", 4096, 32, 32, 8, 14336, 92544),
     "20b": Preset("internlm2", 6144, 48, 48, 8, 16384, 92544),
-    "internlm-1.8b": Preset("internlm", 2048, 24, 16, 16, 5504 // 256 * 256, 103168),
+    "internlm-1.8b": Preset("internlm", 2048, 24, 16, 16, 5632, 103168),
     "internlm-7b": Preset("internlm", 4096, 32, 32, 32, 11008, 103168),
 }
 
@@ -209,28 +209,28 @@ def main() -> None:
 
     revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
     imports = "import weight_conversion.{0}, weight_conversion.families, weight_conversion.reporting"
-    commands: dict[str, tuple[list[str], list[Path]]] = {
-        "start-up": ([python, "-c", imports.format("convert")], []),
-        "cp": (["cp", "-r", str(source), str(copy)], [copy]),
-        "cast": (convert(other), [hf]),
-        "convert": (convert(arguments.dtype), [hf]),
-        "revert": ([*revert, "--embed_split"], [back]),
+    commands: dict[str, tuple[list[str], Path]] = {
+        "start-up": ([python, "-c", imports.format("convert")], work / "nothing"),
+        "cp": (["cp", "-r", str(source), str(copy)], copy),
+        "cast": (convert(other), hf),
+        "convert": (convert(arguments.dtype), hf),
+        "revert": ([*revert, "--embed_split"], back),
     }
     if arguments.plain:
         sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
-        commands["plain"] = ([python, "-c", PLAIN, str(source), str(work / "plain"), *sizes], [work / "plain"])
+        commands["plain"] = ([python, "-c", PLAIN, str(source), str(work / "plain"), *sizes], work / "plain")
     if arguments.only:
         commands = {name: value for name, value in commands.items() if name in ("start-up", "cp", *arguments.only)}
 
     series = {name: Series() for name in commands}
     for _ in range(arguments.runs):
-        for name, (command, outputs) in commands.items():
-            for output in outputs:
-                shutil.rmtree(output, ignore_errors=True)
+        for name, (command, output) in commands.items():
+            shutil.rmtree(output, ignore_errors=True)
             os.sync()
             measure(command, series[name])
-    for folder in (hf, back, copy, work / "plain"):
-        shutil.rmtree(folder, ignore_errors=True)
+            if name not in ("convert", "start-up"):  # what was converted is reverted next
+                shutil.rmtree(output)
+    shutil.rmtree(hf)
     _print(arguments, nbytes, series)
 
 
