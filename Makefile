@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint compat compat-ci compat-environments
+.PHONY: demo test lint compat compat-ci compat-environments tokenizer-versions
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -34,3 +34,7 @@ compat: $(READY)
 # The oldest and the newest version only.
 compat-ci: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python tests/versions/compatibility.py 4.57.6 5.23.0
+
+# The real tokenizers on every version, loaded in every way: benchmarks/tokenizer_versions.md.
+tokenizer-versions: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python tests/versions/tokenizer_versions.py

@@ -1,0 +1,90 @@
+"""Load tokenizer folders in every way that this transformers version has, and print what was right as JSON.
+
+Started by tokenizer_versions.py with PYTHONPATH set to one version's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+Load = Callable[[Path], Any]
+
+CHECKS = ("ids", "text", "saved", "moved", "template")
+WAYS: dict[str, Load] = {
+    "AutoTokenizer, trust_remote_code": lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+    "AutoTokenizer": lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast.from_pretrained,
+}
+
+
+def outcomes(folder: Path, load: Load) -> dict[str, str]:
+    """Return a word per check; "NO ..." where a tokenizer was loaded and is wrong."""
+    try:
+        tokenizer = load(folder)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        return {"class": "asks for trust_remote_code"} | dict.fromkeys(CHECKS, "-")
+    cases = json.loads((folder / "cases.json").read_text())
+    with tempfile.TemporaryDirectory() as root:
+        saved, moved = Path(root) / "saved", Path(root) / "moved.folder"
+        tokenizer.save_pretrained(saved)
+        shutil.copyfile(folder / "config.json", saved / "config.json")  # as the saved model would
+        shutil.copytree(folder, moved)
+        return {
+            "class": type(tokenizer).__name__,
+            "ids": wrong_ids(tokenizer, cases),
+            "text": wrong_texts(tokenizer, cases),
+            "saved": all_right(load, saved, cases),
+            "moved": all_right(load, moved, cases),
+            "template": wrong_template(tokenizer, folder / "prompt.json"),
+        }
+
+
+def wrong_ids(tokenizer: Any, cases: list[tuple[str, list[int], str]]) -> str:
+    wrong = sum(tokenizer(text)["input_ids"] != ids for text, ids, _ in cases)
+    return f"NO, {wrong} of {len(cases)} differ" if wrong else "yes"
+
+
+def wrong_texts(tokenizer: Any, cases: list[tuple[str, list[int], str]]) -> str:
+    wrong = sum(tokenizer.decode(ids, skip_special_tokens=True) != decoded for _, ids, decoded in cases)
+    return f"NO, {wrong} of {len(cases)} differ" if wrong else "yes"
+
+
+def wrong_template(tokenizer: Any, prompt: Path) -> str:
+    if not prompt.exists():
+        return "-"
+    conversation = json.loads(prompt.read_text())
+    text = tokenizer.apply_chat_template(conversation["messages"], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.apply_chat_template(conversation["messages"], add_generation_prompt=True, return_dict=False)
+    same = ids == conversation["ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    return "yes" if same else "NO"
+
+
+def all_right(load: Load, folder: Path, cases: list[tuple[str, list[int], str]]) -> str:
+    try:
+        tokenizer = load(folder)
+    except (ValueError, OSError) as error:
+        return f"NO: {type(error).__name__}"
+    found = {wrong_ids(tokenizer, cases), wrong_texts(tokenizer, cases)}
+    return "yes" if found == {"yes"} else max(found - {"yes"})
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            [
+                {"folder": folder.name, "way": way, **outcomes(folder, load)}
+                for way, load in WAYS.items()
+                for folder in map(Path, sys.argv[1:])
+            ]
+        )
+    )
