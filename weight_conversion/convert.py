@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .copying import Copier, Move, Task
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .family import Family, Rope, positive_number, training_shape
 from .hf_folder import (
     CONFIG,
@@ -83,7 +83,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     publication.check_space(sum(writer.size for writer in weights.writers))
     config = _config(family, request, source)
     _warn(family, request, source, reporter)
-    with publication as folder:
+    with publication as folder, naming(folder):
         _write_weights(source, weights, request, reporter)
         copy_code(family.code, folder)
         for warning in tokenizer.write(folder, family.tokenizer, request.chat):
@@ -106,7 +106,8 @@ def _understand(family: Family, request: ConvertRequest) -> _Source:
 
 
 def _checked_tokenizer(family: Family, request: ConvertRequest, shape: ModelShape) -> Tokenizer:
-    tokenizer = Tokenizer.read(request.tokenizer)
+    with naming(request.tokenizer):
+        tokenizer = Tokenizer.read(request.tokenizer)
     if tokenizer.vocab_size > shape.vocab_size:
         raise ConversionError(
             f"{request.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary only {shape.vocab_size}. "

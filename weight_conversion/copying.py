@@ -29,7 +29,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .views import Pair, StoredTensor
 
 BLOCK_BYTES = 1 << 20
@@ -147,7 +147,7 @@ class _Files:
     def read(self, path: Path, offset: int, target: memoryview) -> None:
         descriptor, done = self.descriptor(path), 0
         while done < len(target):
-            with _naming(path):
+            with naming(path):
                 count = os.preadv(descriptor, [target[done:]], offset + done)
             if count == 0:
                 raise ConversionError(f"{path} ends at byte {offset + done}: it was cut while it was being read.")
@@ -156,7 +156,7 @@ class _Files:
     def write(self, path: Path, offset: int, source: memoryview) -> None:
         descriptor, done = self.descriptor(path), 0
         while done < len(source):
-            with _naming(path):
+            with naming(path):
                 done += os.pwrite(descriptor, source[done:], offset + done)
 
     def copy(self, source: Path, source_offset: int, target: Path, target_offset: int, count: int) -> int:
@@ -172,20 +172,6 @@ class _Files:
 
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 """Between these two files or on this kernel only reading and writing works."""
-
-
-class _naming:  # noqa: N801 - a context manager, used as a word
-    """Puts the path into an OSError of a positioned read or write, which knows only a number."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 # ------------------------------------------------------------------------------------------------- windows in memory

@@ -1,5 +1,21 @@
 """What goes wrong in a way that the user can mend."""
 
+from pathlib import Path
+
 
 class ConversionError(Exception):
     """A sentence for the user: which file and tensor, what was found, what was expected, what to do."""
+
+
+class naming:  # noqa: N801 - a context manager, used as a word
+    """Puts the path into an OSError of an open file, which knows only a number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self._path)

@@ -20,7 +20,7 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .safetensors_file import SafetensorsWriter, read_header
 from .torch_file import check_records, read_state_dict
 from .views import StoredTensor, TensorSpec
@@ -118,7 +118,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"{path} is missing.")
     try:
-        content = json.loads(path.read_bytes())
+        with naming(path):
+            content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -172,7 +173,8 @@ def natural_order(name: str) -> list[tuple[str, int]]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .torch_file import TorchFileWriter, check_records, read_plain_dict, read_state_dict, write_plain_dict
 from .views import StoredTensor, TensorSpec
 
@@ -168,8 +168,9 @@ def verify_files(checkpoint: TrainingCheckpoint) -> None:
 
 
 def _check_md5(path: Path, beside: Path) -> None:
-    words = beside.read_text(encoding="utf-8", errors="replace").split()
-    with path.open("rb") as file:
+    with naming(beside):
+        words = beside.read_text(encoding="utf-8", errors="replace").split()
+    with naming(path), path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found not in (word.lower() for word in words):
         raise ConversionError(f"{path} has MD5 {found}, but {beside} says {' '.join(words)[:80]!r}. Copy it again.")

@@ -15,17 +15,14 @@ import os
 import shutil
 from pathlib import Path
 
-from .errors import ConversionError
+from .errors import ConversionError, naming
 
 SPARE_BYTES = 64 << 20
 """Room asked for beside the weights: tokenizer, code and the file system's own needs."""
 
 
 class Publication:
-    """A folder in the making for `target`. As a context manager: published on success, gone on failure.
-
-    An OSError that leaves the context without a path in it gets the folder's.
-    """
+    """A folder in the making for `target`. As a context manager: published on success, gone on failure."""
 
     def __init__(self, target: Path, *, force: bool, sources: tuple[Path, ...] = ()) -> None:
         self.target = Path(os.path.abspath(target))
@@ -87,12 +84,12 @@ class Publication:
         if error is None:
             try:
                 self._publish()
-            except BaseException as failure:
-                self._fail(failure)
+            except BaseException:
+                self._abandon()
                 raise
             self._unlock()
         else:
-            self._fail(error)
+            self._abandon()
 
     def _publish(self) -> None:
         for path in [*self.folder.rglob("*"), self.folder]:
@@ -109,11 +106,6 @@ class Publication:
                 "Check the disk before you rely on it."
             ) from error
         shutil.rmtree(self._replaced, ignore_errors=True)
-
-    def _fail(self, error: BaseException) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(self.folder)
-        self._abandon()
 
     def _abandon(self) -> None:
         """Leaves things as they were before, and nothing of this run."""
@@ -177,9 +169,7 @@ def _flush(path: Path) -> None:
     """Returns when the file or folder is on the disk, so that the rename after it cannot overtake it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .copying import Copier, Task
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .family import Family, Rope, hf_shape, mlp_ratio, positive_integer, positive_number
 from .hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
 from .internevo_folder import shard_writers, write_model_config
@@ -59,7 +59,7 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     config = _training_config(family, request, source, reporter)
     writers = shard_writers(publication.folder, _rank_specs(source, request.tp_size))
     publication.check_space(sum(writer.size for writer in writers))
-    with publication as folder:
+    with publication as folder, naming(folder):
         _write_shards(source, writers, request, reporter)
         write_model_config(folder, config)
     tensors = [tensor for writer in writers for tensor in writer.tensors.values()]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
 DTYPES: dict[str, torch.dtype] = {
@@ -47,7 +47,7 @@ ALIGNMENT = 8
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name; ConversionError where the header does not describe the file to the byte."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > min(MAX_HEADER, size - LENGTH_BYTES):
             raise _broken(path, f"its header of {length} bytes does not fit a file of {size} bytes")
@@ -137,7 +137,7 @@ class SafetensorsWriter:
 
     def create(self) -> None:
         """Makes the file at its full size and writes the header."""
-        with self.path.open("xb") as file:
+        with naming(self.path), self.path.open("xb") as file:
             file.truncate(self.size)
             file.write(self._header)
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import ConversionError
+from .errors import ConversionError, naming
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
 STORAGE_TYPES: dict[torch.dtype, type] = {
@@ -94,7 +94,7 @@ def read_plain_dict(path: Path) -> dict[str, Any]:
 def check_records(path: Path) -> None:
     """Reads every record and compares its CRC-32; ConversionError names the first that differs."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with naming(path), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except OSError:
         raise
@@ -191,7 +191,7 @@ class _Unpickler(pickle.Unpickler):
 def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
     """The unpickled content and the tensor storages by key."""
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with naming(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             located = {info.filename: _locate(file, info) for info in infos}
             pickles = [info.filename for info in infos if info.filename.split("/", 1)[-1] == "data.pkl"]
@@ -277,7 +277,8 @@ def write_plain_dict(path: Path, content: Mapping[str, Any]) -> None:
     """Saves a dict of plain values as torch.save does."""
     buffer = io.BytesIO()  # writing a file itself, torch.save reports a full disk without path and reason
     torch.save(dict(content), buffer)
-    path.write_bytes(buffer.getvalue())
+    with naming(path):
+        path.write_bytes(buffer.getvalue())
 
 
 class _StorageRef(NamedTuple):
@@ -407,14 +408,14 @@ class TorchFileWriter:
 
     def create(self) -> None:
         """Makes the file at its full size."""
-        with self.path.open("xb") as file:
+        with naming(self.path), self.path.open("xb") as file:
             file.truncate(self.size)
 
     def seal(self, checksums: Mapping[str, int]) -> None:
         """Writes the headers and the directory; `checksums` has the CRC-32 of every tensor's bytes by name."""
         for name, entry in self._records.items():
             entry.crc = checksums[name]
-        with self.path.open("r+b") as file:
+        with naming(self.path), self.path.open("r+b") as file:
             for entry in self._entries:
                 file.seek(entry.header)
                 file.write(entry.local_header() + (entry.content or b""))
