@@ -1,5 +1,6 @@
 """What goes wrong in a way that the user can mend."""
 
+import reprlib
 from pathlib import Path
 
 
@@ -19,3 +20,11 @@ class naming:  # noqa: N801 - a context manager, used as a word
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self._path)
+
+
+def shown(value: object) -> str:
+    """A value from a file, short enough for a sentence, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no whole number of more than 4300 digits
+        return f"a {type(value).__name__} too long to print"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConversionError
+from .errors import ConversionError, shown
 from .internevo_folder import MODEL_CONFIG, TrainingCheckpoint
 from .rules import AttentionHeads, HeadLayout, ModelShape, Rule, Split
 from .table import LAYER, Layout, Row, Table
@@ -129,7 +128,7 @@ def positive_integer(config: Mapping[str, Any], key: str, where: Path, default: 
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value <= LARGEST_SIZE:
-        raise ConversionError(f"{where}: {key} is {reprlib.repr(value)}, expected a positive whole number.")
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected a positive whole number.")
     return value
 
 
@@ -138,7 +137,7 @@ def positive_number(config: Mapping[str, Any], key: str, where: Path, default: f
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConversionError(f"{where}: {key} is {reprlib.repr(value)}, expected a positive number.")
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected a positive number.")
     return value
 
 

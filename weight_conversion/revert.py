@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .copying import Copier, Task
-from .errors import ConversionError, naming
+from .errors import ConversionError, naming, shown
 from .family import Family, Rope, hf_shape, mlp_ratio, positive_integer, positive_number
 from .hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
 from .internevo_folder import shard_writers, write_model_config
@@ -184,7 +183,7 @@ def _rope(config: Mapping[str, Any], where: Path, reporter: Reporter) -> Rope:
 def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, dict):
-        raise ConversionError(f"{where}: {key} is {reprlib.repr(value)}, expected an object of settings.")
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected an object of settings.")
     return value
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import ConversionError, naming
+from .errors import ConversionError, naming, shown
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
 DTYPES: dict[str, torch.dtype] = {
@@ -76,9 +75,9 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"the entry of tensor {name!r} is not one of a tensor: {reprlib.repr(entry)}") from error
+        raise _broken(path, f"the entry of tensor {name!r} is not one of a tensor: {shown(entry)}") from error
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
-        raise _broken(path, f"tensor {name!r} has a negative or fractional size or offset: {reprlib.repr(entry)}")
+        raise _broken(path, f"tensor {name!r} has a negative or fractional size or offset: {shown(entry)}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise _broken(path, f"tensor {name!r} of shape {list(shape)} and {dtype} does not fill {end - begin} bytes")
     return StoredTensor(name, path, start + begin, dtype, shape, contiguous_strides(shape))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import reprlib
 import struct
 import zipfile
 import zlib
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import ConversionError, naming
+from .errors import ConversionError, naming, shown
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
 STORAGE_TYPES: dict[torch.dtype, type] = {
@@ -151,7 +150,7 @@ def _rebuild_tensor(
     storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_unused: Any
 ) -> _Tensor:
     if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError(f"it makes a tensor of {reprlib.repr(storage)}, which is no tensor storage")
+        raise pickle.UnpicklingError(f"it makes a tensor of {shown(storage)}, which is no tensor storage")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -184,7 +183,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, numel = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it refers to {reprlib.repr(pid)}, which is no tensor storage")
+            raise pickle.UnpicklingError(f"it refers to {shown(pid)}, which is no tensor storage")
         return _Storage(key, dtype, numel)
 
 
@@ -234,6 +233,8 @@ def _locate(file: io.BufferedReader, info: zipfile.ZipInfo) -> _Record:
     """Where a stored record's bytes lie: behind its local header, which repeats its name."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise zipfile.BadZipFile(f"record {info.filename!r} is compressed")
+    if info.header_offset < 0:
+        raise zipfile.BadZipFile(f"record {info.filename!r} starts before the file")
     file.seek(info.header_offset)
     fields = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     name = file.read(fields[-2]).decode("utf-8" if fields[2] & UTF8_NAMES else "cp437")
@@ -247,7 +248,7 @@ def _locate(file: io.BufferedReader, info: zipfile.ZipInfo) -> _Record:
 def _stored(path: Path, name: object, value: object, records: Mapping[str, _Record]) -> StoredTensor:
     if not isinstance(name, str) or not isinstance(value, _Tensor):
         raise ConversionError(
-            f"{path} holds a {type(value).__name__} under {reprlib.repr(name)}, expected only tensors by name."
+            f"{path} holds a {type(value).__name__} under {shown(name)}, expected only tensors by name."
         )
     storage, dtype = value.storage, value.storage.dtype
     numbers = (value.offset, *value.shape, *value.strides, storage.numel)
