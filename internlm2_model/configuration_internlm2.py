@@ -65,7 +65,7 @@ def _merged_rope(default: Rope, statements: list[tuple[str, str, Any]]) -> Rope:
         return rope._replace(factor=1.0)
     if isinstance(rope.factor, bool) or not isinstance(rope.factor, (int, float)) or rope.factor < 1:
         raise ValueError(f"Rotary scaling of type {rope.type!r} needs a factor of at least 1, not {rope.factor!r}.")
-    return rope
+    return rope._replace(factor=float(rope.factor))  # older readers of config.json refuse an int
 
 
 class InternLM2Config(PretrainedConfig):

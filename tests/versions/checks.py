@@ -301,7 +301,12 @@ CHECKS: dict[str, Callable[[Family], None]] = {
 
 
 def save_model(source: Path, target: Path) -> None:
+    """Saves, and looks that the JSON files say all that they said before: other tools read them raw."""
     load(source).save_pretrained(target)
+    for name in ("config.json", "generation_config.json"):
+        before, after = (json.loads((folder / name).read_text(encoding="utf-8")) for folder in (source, target))
+        changed = {key: after.get(key) for key, value in before.items() if after.get(key, ...) != value}
+        assert not changed, f"{name} changed: {changed}"
 
 
 def save_tokenizer(source: Path, target: Path) -> None:
