@@ -102,7 +102,12 @@ def code(text: str) -> list[str]:
 
 
 PROGRAMS = [block for block in blocks(ENGLISH) if block.language == "python"]
-COMMANDS = [line for block in blocks(ENGLISH) if block.language == "bash" for line in block.text.splitlines()]
+COMMANDS = [
+    " ".join(line.split())
+    for block in blocks(ENGLISH)
+    if block.language == "bash"
+    for line in block.text.replace("\\\n", "").splitlines()
+]
 RUN = [command for command in COMMANDS if shlex.split(command)[0] == "python"]
 
 
