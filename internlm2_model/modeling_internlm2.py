@@ -485,7 +485,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
     ) -> PositionEmbeddings:
         """cos and sin for all layers, in the dtype of their queries and keys."""
         device = hidden_states.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
         return self.rotary_emb(position_ids, sequence_lengths(position_ids, attention_mask, packed), dtype)
 

@@ -500,7 +500,7 @@ class InternLMModel(InternLMPreTrainedModel):
     ) -> dict[str, PositionEmbeddings]:
         """cos and sin for all layers, in the dtype of their queries and keys."""
         device = hidden_states.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
         lengths = sequence_lengths(position_ids, attention_mask, packed)
         new = self.rotary_emb(position_ids, lengths, dtype)
