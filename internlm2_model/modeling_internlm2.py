@@ -161,7 +161,8 @@ class InternLM2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, H] -> ([B, T, H], attention weights [B, h, T, S] where the backend gives them)."""
-        qkv = self._split_groups(self.wqkv(hidden_states))  # [B, T, k, g + 2, d]
+        # k is this process's share under tensor parallelism
+        qkv = self.wqkv(hidden_states).unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
         cos, sin = position_embeddings
         rotated = rotate(qkv[..., :-1, :], cos.unsqueeze(2), sin.unsqueeze(2))  # [B, T, k, g + 1, d]
         query = rotated[..., :-1, :].flatten(2, 3).transpose(1, 2)  # [B, h, T, d]
@@ -174,21 +175,6 @@ class InternLM2Attention(nn.Module):
         attend: Callable = eager_attention_forward if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.wo(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
-
-    def _split_groups(self, qkv: torch.Tensor) -> torch.Tensor:
-        """[B, T, rows] -> [B, T, k, g + 2, d]; k is this process's share under tensor parallelism.
-
-        Raises:
-            ValueError: the rows of `wqkv` were cut inside a key/value group.
-        """
-        rows_per_group = (self.num_key_value_groups + 2) * self.head_dim
-        if qkv.shape[-1] % rows_per_group:
-            raise ValueError(
-                f"This process holds {qkv.shape[-1]} rows of wqkv, no multiple of the {rows_per_group} that "
-                f"one key/value head takes with its query heads. The tensor-parallel size must divide "
-                f"num_key_value_heads ({self.config.num_key_value_heads})."
-            )
-        return qkv.unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
 
 
 class InternLM2MLP(nn.Module):
@@ -231,6 +217,8 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     _input_embed_layer = "tok_embeddings"
     _no_split_modules = ["InternLM2DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Rotary tables, which files of 2023 hold.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -255,11 +243,22 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in PreTrainedModel, with one rule for the dtype in every transformers version: `dtype` (or
-        `torch_dtype`) absent or None is float32, "auto" is that of config.json or else of the weights."""
+        `torch_dtype`) absent or None is float32, "auto" is that of config.json or else of the weights.
+
+        Raises:
+            ValueError: tensor parallelism that would cut a key/value head apart.
+        """
         dtype = kwargs.pop("dtype", None)
         torch_dtype = kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = next((given for given in (dtype, torch_dtype) if given is not None), torch.float32)
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.num_key_value_heads % (model.tp_size or 1):
+            raise ValueError(
+                f"Tensor parallelism over {model.tp_size} processes would cut key/value heads apart. Their number, "
+                f"num_key_value_heads = {model.config.num_key_value_heads}, must be a multiple of the processes'."
+            )
+        return loaded
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -223,6 +223,15 @@ class InternLMConfig(PretrainedConfig):
         unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
         self._rope = _merged_rope(unscaled, _statements("rope_parameters", value, ROPE_KEYS))
 
+    # transformers warns whoever reads its own property of this name.
+    @property
+    def torch_dtype(self) -> Any:
+        return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, value: Any) -> None:
+        self.dtype = value
+
     @property
     def attn_implementation(self) -> str | None:
         """The attention backend in use. Assigning it also changes what config.json will say."""

@@ -156,12 +156,13 @@ class InternLMAttention(nn.Module):
 
         With key_position_embeddings, those of all S keys, keys are cached before rotation.
         """
-        query = rotate(self._split_heads(self.q_proj(hidden_states)), *position_embeddings).transpose(1, 2)
-        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, h, d]
-        value = self._split_heads(self.v_proj(hidden_states)).transpose(1, 2)  # [B, h, T, d]
+        heads = (-1, self.head_dim)  # as many as this process holds under tensor parallelism
+        query = rotate(self.q_proj(hidden_states).unflatten(-1, heads), *position_embeddings)  # [B, T, h, d]
+        key = self.k_proj(hidden_states).unflatten(-1, heads)  # [B, T, h, d]
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # [B, h, T, d]
         if key_position_embeddings is None:
             key = rotate(key, *position_embeddings)
-        key = key.transpose(1, 2)  # [B, h, T, d]
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, h, T, d]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, h, S, d]
         if key_position_embeddings is not None:
@@ -171,20 +172,6 @@ class InternLMAttention(nn.Module):
         attend: Callable = eager_attention_forward if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
-
-    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """[B, T, rows] -> [B, T, h, d]; h is this process's share under tensor parallelism.
-
-        Raises:
-            ValueError: the projection was cut inside a head.
-        """
-        if projected.shape[-1] % self.head_dim:
-            raise ValueError(
-                f"This process holds {projected.shape[-1]} rows of an attention projection, no multiple of the "
-                f"head dimension {self.head_dim}. The tensor-parallel size must divide num_attention_heads "
-                f"({self.config.num_attention_heads})."
-            )
-        return projected.unflatten(-1, (-1, self.head_dim))
 
 
 class InternLMMLP(nn.Module):
@@ -226,6 +213,8 @@ class InternLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternLMDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Rotary tables, which files of 2023 hold.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -250,11 +239,22 @@ class InternLMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in PreTrainedModel, with one rule for the dtype in every transformers version: `dtype` (or
-        `torch_dtype`) absent or None is float32, "auto" is that of config.json or else of the weights."""
+        `torch_dtype`) absent or None is float32, "auto" is that of config.json or else of the weights.
+
+        Raises:
+            ValueError: tensor parallelism that would cut a key/value head apart.
+        """
         dtype = kwargs.pop("dtype", None)
         torch_dtype = kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = next((given for given in (dtype, torch_dtype) if given is not None), torch.float32)
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.num_key_value_heads % (model.tp_size or 1):
+            raise ValueError(
+                f"Tensor parallelism over {model.tp_size} processes would cut key/value heads apart. Their number, "
+                f"num_key_value_heads = {model.config.num_key_value_heads}, must be a multiple of the processes'."
+            )
+        return loaded
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

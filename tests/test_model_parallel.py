@@ -1,0 +1,58 @@
+"""Tensor parallelism: two CPU processes compute what one does, and splits inside a head are refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_families import FAMILIES, INTERNLM, INTERNLM2, Family, tokens
+
+TESTS = Path(__file__).parent
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+
+def torchrun(folder: Path, out: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS.parent), str(TESTS)])
+    return subprocess.run(
+        [*command, str(TESTS / "tensor_parallel.py"), str(folder), str(out)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@over_families
+def test_two_processes_compute_what_one_does(family: Family, tmp_path: Path) -> None:
+    model = family.model("dynamic")
+    model.save_pretrained(tmp_path / "folder")
+    run = torchrun(tmp_path / "folder", tmp_path / "out.pt")
+    assert run.returncode == 0, run.stderr[-4000:]
+    result = torch.load(tmp_path / "out.pt")
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, atol=1e-4, rtol=1e-4)
+    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(result["generated"], generated)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [
+        (INTERNLM, {"num_attention_heads": 1}),
+        (INTERNLM2, {"num_attention_heads": 4, "num_key_value_heads": 1}),
+    ],
+    ids=["internlm", "internlm2"],
+)
+def test_splits_inside_a_head_are_refused(family: Family, heads: dict[str, Any], tmp_path: Path) -> None:
+    family.cls("ForCausalLM")(family.config(**heads)).save_pretrained(tmp_path / "folder")
+    run = torchrun(tmp_path / "folder", tmp_path / "out.pt")
+    assert run.returncode != 0
+    assert "over 2 processes would cut key/value heads apart" in run.stderr
+    assert "num_key_value_heads = 1" in run.stderr
