@@ -10,6 +10,7 @@ The file stands alone: it needs nothing of this folder, and no torch.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from itertools import groupby
@@ -38,6 +39,7 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 - a name that transformers reads
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     _auto_class = "AutoTokenizer"  # save_pretrained copies this file beside the vocabulary
+    tokens_trie: Any
 
     def __init__(
         self,
@@ -90,6 +92,18 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
             if index < len(names):
                 names[index] = token.content
         return {name: index for index, name in enumerate(names)} | self._added_tokens_encoder
+
+    def _update_trie(self, unique_no_split_tokens: Iterable[str] | None = None) -> None:
+        added = {token.content for token in self._added_tokens_decoder.values()}
+        self.tokens_trie = _Cutter(added.union(unique_no_split_tokens or ()))
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the id of a token, or the ids of several; unknown ones get the id of `unk_token`."""
+        if not isinstance(tokens, (list, tuple)):
+            return super().convert_tokens_to_ids(tokens)
+        # The base class calls two methods per token, which takes longer than SentencePiece does.
+        added, pieces, unk = self._added_tokens_encoder, self._piece_ids, self._unk_index
+        return [added[token] if token in added else pieces.get(token, unk) for token in tokens]
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
@@ -169,6 +183,23 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
         _complete_settings(config, self)
         written = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
         return written + _copy_fast_file(Path(self.vocab_file), config)
+
+
+class _Cutter:
+    """Cuts text at the added tokens, the leftmost and longest first, as `tokenizers` does.
+
+    It stands in for transformers' Trie, which goes through the text character by character in Python.
+    """
+
+    def __init__(self, tokens: set[str]) -> None:
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        starts = "".join({re.escape(token[0]) for token in longest_first})
+        names = "|".join(map(re.escape, longest_first))
+        self._pattern = re.compile(f"(?=[{starts}])({names})" if longest_first else "(?!)")
+
+    def split(self, text: str) -> list[str]:
+        """Return the parts of a text, none of them empty."""
+        return list(filter(None, self._pattern.split(text)))
 
 
 # transformers 5 leaves add_bos_token and add_eos_token out of the tokenizer_config.json it saves, and drops them from

@@ -17,6 +17,8 @@ from real_tokenizers import golden_cases, real_model
 from tokenizer_fixture import train_tokenizer
 from transformers import AddedToken, AutoTokenizer
 
+from internlm2_model import tokenization_internlm2
+
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def family(request: pytest.FixtureRequest) -> Family:
@@ -156,6 +158,22 @@ def test_a_special_token_takes_the_place_of_its_piece(make: Any) -> None:
 
 def test_unknown_tokens_are_unk(tokenizer: Any) -> None:
     assert tokenizer.convert_tokens_to_ids("no such piece") == tokenizer.unk_token_id == 0
+
+
+@given(
+    tokens=st.sets(st.text("ab<c>[", min_size=1, max_size=3), max_size=5),
+    text=st.text("ab<c>[ ", max_size=30),
+)
+def test_text_is_cut_at_the_leftmost_longest_added_token(tokens: set[str], text: str) -> None:
+    expected, ordinary, position = [], "", 0
+    while position < len(text):
+        longest = max((token for token in tokens if text.startswith(token, position)), key=len, default="")
+        if longest:
+            expected += [ordinary, longest]
+        ordinary = "" if longest else ordinary + text[position]
+        position += len(longest) or 1
+    expected = [part for part in (*expected, ordinary) if part]
+    assert tokenization_internlm2._Cutter(tokens).split(text) == expected
 
 
 # Start and end tokens
