@@ -112,14 +112,13 @@ def eager_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(q k^T * scaling + mask) v; keys and values are not repeated for their g query heads.
 
     Args:
         query: [B, h, T, d]; key and value: [B, k, S, d].
-        attention_mask: None or additive, broadcast to [B, h, T, S].
+        attention_mask: None, or boolean (True = attend) or additive, broadcast to [B, h, T, S].
 
     Returns:
         The output [B, T, h, d] and the attention weights [B, h, T, S].
@@ -128,10 +127,12 @@ def eager_attention_forward(
     kv_heads = key.shape[1]
     rows = (query * scaling).reshape(batch, kv_heads, -1, head_dim)  # [B, k, g T, d]
     scores = (rows @ key.transpose(2, 3)).view(batch, heads, length, -1)  # [B, h, T, S]
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     # The softmax kernels add up in float32 whatever dtype they read and write.
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout, module.training)
+    weights = F.softmax(scores, dim=-1)
     output = weights.view(batch, kv_heads, -1, weights.shape[-1]) @ value  # [B, k, g T, d]
     return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
 
@@ -172,7 +173,11 @@ class InternLM2Attention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, k, S, d]
 
         backend = self.config._attn_implementation
-        attend: Callable = eager_attention_forward if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        # One query reads keys and values once either way, and sdpa may plan its kernel anew for every length.
+        if backend == "eager" or (backend == "sdpa" and query.shape[2] == 1):
+            attend: Callable = eager_attention_forward
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.wo(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
 

@@ -114,13 +114,15 @@ def eager_attention_forward(
 
     Args:
         query: [B, h, T, d]; key and value: [B, h, S, d].
-        attention_mask: None or additive, broadcast to [B, h, T, S].
+        attention_mask: None, or boolean (True = attend) or additive, broadcast to [B, h, T, S].
 
     Returns:
         The output [B, T, h, d] and the attention weights [B, h, T, S].
     """
     scores = (query * scaling) @ key.transpose(2, 3)  # [B, h, T, S]
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     # The softmax kernels add up in float32 whatever dtype they read and write.
     weights = F.softmax(scores, dim=-1)
@@ -169,7 +171,11 @@ class InternLMAttention(nn.Module):
             key = rotate(key.transpose(1, 2), *key_position_embeddings).transpose(1, 2)  # [B, h, S, d]
 
         backend = self.config._attn_implementation
-        attend: Callable = eager_attention_forward if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        # One query reads keys and values once either way, and sdpa may plan its kernel anew for every length.
+        if backend == "eager" or (backend == "sdpa" and query.shape[2] == 1):
+            attend: Callable = eager_attention_forward
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
 
