@@ -217,9 +217,12 @@ def _run(script: str, words: list[str], conditions: Conditions, report: Path) ->
             os.setuid(conditions.user)
         sys.argv = [f"{script}.py", *words]
         main = importlib.import_module(script).main
-        (report / "ready").touch()
         try:
+            (report / "ready").touch()
             status = main()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:  # before or after what the script itself handles
+            status = 130
         except BaseException:  # a fault of the script, for the test to see
             traceback.print_exc(file=errors)
             status = 3

@@ -179,7 +179,8 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
                 raise ConversionError(
-                    f"tensor {move.full.name!r} was not written as it was read: the disk or memory failed."
+                    f"{move.full.path}: tensor {move.full.name!r} was not written as it was read: the disk or memory "
+                    "failed."
                 )
 
 

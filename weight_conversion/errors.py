@@ -3,6 +3,9 @@
 import reprlib
 from pathlib import Path
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
 
 class ConversionError(Exception):
     """A sentence for the user: which file and tensor, what was found, what was expected, what to do."""
@@ -25,6 +28,6 @@ class naming:  # noqa: N801 - a context manager, used as a word
 def shown(value: object) -> str:
     """A value from a file, short enough for a sentence, whatever it is."""
     try:
-        return reprlib.repr(value)
+        return _SHORT.repr(value)
     except ValueError:  # Python prints no whole number of more than 4300 digits
         return f"a {type(value).__name__} too long to print"

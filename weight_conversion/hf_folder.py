@@ -89,7 +89,7 @@ def has_weights(folder: Path, weights: WeightFormat) -> bool:
 def _weight_files(folder: Path, weights: WeightFormat) -> tuple[dict[str, str], list[Path]]:
     """The index, empty where there is none, and the files to read."""
     index_file = folder / (weights.single + INDEX_SUFFIX)
-    if index_file.exists():
+    if index_file.exists() or index_file.is_symlink():
         weight_map = read_json(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ConversionError(f"{index_file} has no 'weight_map' of tensor names to file names.")

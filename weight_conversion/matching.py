@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .copying import Move
-from .errors import ConversionError
+from .errors import ConversionError, shown
 from .internevo_folder import TrainingCheckpoint, shard_name
 from .rules import ModelShape
 from .table import Entry, Layout, Table
@@ -115,8 +115,8 @@ def _refuse_unknown(found: Mapping[str, StoredTensor], expected: set[str], table
     if unknown:
         first, more = found[unknown[0]], len(unknown) - 1
         raise ConversionError(
-            f"{first.path}: tensor {first.name!r}{f' and {more} more' if more else ''} is not expected in this model. "
-            "Nothing may get lost, so nothing is done."
+            f"{first.path}: tensor {shown(first.name)}{f' and {more} more' if more else ''} is not expected in this "
+            "model. Nothing may get lost, so nothing is done."
         )
 
 

@@ -114,8 +114,7 @@ class Publication:
             self._put_back()
             self._unlock()
         for parent in self._new_parents:
-            with contextlib.suppress(OSError):  # somebody else may use it by now, or it was never made
-                parent.rmdir()
+            _remove_if_empty(parent)
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -144,17 +143,28 @@ def _locked_folder(folder: Path) -> int:
 
     ConversionError where another process has the lock, or had it and renamed or removed the folder meanwhile.
     """
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if not _try_lock(lock) or not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
-            raise ConversionError(f"another run is writing {folder}. Wait for it to end, or choose another --tgt.")
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except BaseException:
+        _remove_if_empty(folder)
+        raise
+    if not _try_lock(lock) or not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
+        os.close(lock)
+        raise ConversionError(f"another run is writing {folder}. Wait for it to end, or choose another --tgt.")
+    try:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except BaseException:
+        _remove_if_empty(folder)
         os.close(lock)
         raise
     return lock
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty, in use by somebody else, or not there
+        folder.rmdir()
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -42,12 +42,12 @@ class Reporter:
 
     def summary(self, tensors: int, nbytes: int, target: Path) -> None:
         """What was written, and how long the whole run took."""
-        files = sorted(path.name for path in target.iterdir())
         seconds = time.monotonic() - self._start
         try:
+            files = sorted(path.name for path in target.iterdir())
             print(
                 f"{tensors} tensors, {nbytes / 1e9:.3f} GB, {seconds:.1f} s. Wrote {target}: {', '.join(files)}",
                 flush=True,
             )
         except OSError as error:
-            raise ConversionError(f"{target} is complete, but its summary cannot be printed: {error}.") from error
+            raise ConversionError(f"{target} is complete, but no summary of it can be given: {error}.") from error

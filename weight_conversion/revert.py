@@ -119,8 +119,10 @@ def _write_shards(
                 raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
+                part = move.pairs[0][1].tensor
                 raise ConversionError(
-                    f"tensor {move.full.name!r} was not written as it was read: the disk or memory failed."
+                    f"{part.path}: tensor {part.name!r}, or that of another rank, was not written as it was read: the "
+                    "disk or memory failed."
                 )
 
 
