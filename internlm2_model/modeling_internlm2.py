@@ -80,7 +80,7 @@ class InternLM2RotaryEmbedding(nn.Module):
             dtype: of the result; the computation is in float32.
 
         Returns:
-            cos and sin, [B, T, 1, d]; the first half of sin is negative, as `rotate` wants it.
+            cos and sin, [B, T, 1, 1, d]; the first half of sin is negative, as `rotate` wants it.
         """
         theta, scaling, factor = self.rope
         positions = position_ids.float()
@@ -93,7 +93,7 @@ class InternLM2RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
         angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # [B, T, d / 2]
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return torch.cat((cos, cos), -1).unsqueeze(2), torch.cat((-sin, sin), -1).unsqueeze(2)
+        return torch.cat((cos, cos), -1)[:, :, None, None], torch.cat((-sin, sin), -1)[:, :, None, None]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -164,11 +164,10 @@ class InternLM2Attention(nn.Module):
         """[B, T, H] -> ([B, T, H], attention weights [B, h, T, S] where the backend gives them)."""
         # k is this process's share under tensor parallelism
         qkv = self.wqkv(hidden_states).unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
-        cos, sin = position_embeddings
-        rotated = rotate(qkv[..., :-1, :], cos.unsqueeze(2), sin.unsqueeze(2))  # [B, T, k, g + 1, d]
-        query = rotated[..., :-1, :].flatten(2, 3).transpose(1, 2)  # [B, h, T, d]
-        key = rotated[..., -1, :].transpose(1, 2)  # [B, k, T, d]
-        value = qkv[..., -1, :].transpose(1, 2)  # [B, k, T, d]
+        query_key, value = qkv.split((self.num_key_value_groups + 1, 1), dim=-2)  # [B, T, k, g + 1 and 1, d]
+        query, key = rotate(query_key, *position_embeddings).split((self.num_key_value_groups, 1), dim=-2)
+        query = query.flatten(2, 3).transpose(1, 2)  # [B, T, k, g, d] -> [B, h, T, d]
+        key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)  # [B, k, T, d]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, k, S, d]
 
