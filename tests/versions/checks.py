@@ -188,6 +188,19 @@ def check_padded_generation(model: Any, **kwargs: Any) -> None:
     assert torch.equal(batch, torch.cat([greedy(model, row) for row in rows]))
 
 
+def chat(family: Family) -> None:
+    model = family.model()
+    tokenizer = AutoTokenizer.from_pretrained(family.folder(), trust_remote_code=True)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    response, history = model.chat(tokenizer, "the river", history=[("one", "two")], **settings)
+    assert history == [("one", "two"), ("the river", response)]
+    *_, streamed = model.stream_chat(tokenizer, "the river", history=[("one", "two")], **settings)
+    assert streamed == (response, history)
+    inputs = model.build_inputs(tokenizer, "the river", [("one", "two")])
+    generated = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(generated, skip_special_tokens=True).startswith(response)
+
+
 def attention_weights(family: Family) -> None:
     family.compare("origin.hidden_attn", family.model("origin.hidden_attn"))
 
@@ -284,6 +297,7 @@ CHECKS: dict[str, Callable[[Family], None]] = {
     "beam search, cached = uncached": beam_search,
     "left-padded generation = each row alone": left_padding,
     "the same with a static cache": static_cache,
+    "chat, stream_chat": chat,
     "output_attentions, output_hidden_states": attention_weights,
     'attn_implementation="sdpa"': sdpa,
     "packed sequences = each alone": packed_sequences,

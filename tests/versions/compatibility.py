@@ -41,7 +41,8 @@ EXPLANATIONS = {
     FEATURES: "On folders like published ones (config.json of transformers 4, remote code), loaded with the Auto "
     "classes. Golden numbers are what the published model code computes.",
     MODELS: "The converter's folders (rotary base 1e6, without scaling and with dynamic NTK), saved by each version "
-    "and loaded by each: the same rotary setting, and logits beyond the trained length that are equal bit by bit.",
+    "and loaded by each: config.json says what it said, the rotary setting is the same, and logits beyond the trained "
+    "length are equal bit by bit.",
     TOKENIZERS: "The tokenizers in the same folders: the ids of SentencePiece, and decoding gives the text back.",
 }
 

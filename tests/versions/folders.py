@@ -77,7 +77,8 @@ def write_converted(root: Path) -> None:
     train_tokenizer(root / TOKENIZER)
     for family in FAMILIES.values():
         checkpoint = root / f"{family.model_type}_training"
-        build(checkpoint, family.model_type, tp=2, bias=family.model_type == "internlm", config={"rope_base": ROPE_BASE})
+        has_bias = family.model_type == "internlm"
+        build(checkpoint, family.model_type, tp=2, bias=has_bias, config={"rope_base": ROPE_BASE})
         for rope, options in ROPES.items():
             folder = root / f"{family.model_type}_{rope}_by_converter"
             _convert(family, checkpoint, folder, [*options, "--tokenizer", str(root / TOKENIZER)])
