@@ -51,3 +51,13 @@ FAMILIES = [INTERNLM, INTERNLM2]
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random ids [batch, length] without special tokens."""
     return torch.randint(3, 320, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [1, n] of several lengths as one batch of ids and its mask, each [B, longest]."""
+    width = max(row.shape[1] for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        columns = slice(width - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[index, columns], mask[index, columns] = row[0], 1
+    return ids, mask

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_families import FAMILIES, INTERNLM, Family, tokens
+from model_families import FAMILIES, INTERNLM, Family, padded, tokens
 from transformers import StaticCache
 
 ROPES = ["origin", "dynamic", "linear"]
@@ -35,16 +35,6 @@ def tiny(family: Family, rope: str, backend: str = "eager") -> Any:
         overrides = {"rotary": {"base": 10000, "type": "linear", "scaling_factor": 2.0}}
         return family.model("origin", attn_implementation=backend, **overrides)
     return family.model(rope, attn_implementation=backend)
-
-
-def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [1, n] of several lengths as one batch of ids and its mask, each [B, longest]."""
-    width = max(row.shape[1] for row in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        columns = slice(width - row.shape[1], None) if side == "left" else slice(row.shape[1])
-        ids[index, columns], mask[index, columns] = row[0], 1
-    return ids, mask
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
