@@ -236,6 +236,8 @@ def test_commands_that_are_not_run_are_there() -> None:
     for page in PAGES:
         named_targets = {words.split()[1] for words in code(prose(page)) if words.startswith("make ")}
         assert named_targets <= set(targets)
+        programs = re.findall(r"python (\S+\.py)", prose(page))
+        assert all((REPOSITORY / name).is_file() for name in programs)
 
 
 # ---------------------------------------------------------------------------------------------------------- programs
