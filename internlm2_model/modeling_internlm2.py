@@ -14,7 +14,7 @@ so its output is viewed as [B, T, k, g + 2, d], and the first g + 1 of every gro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -304,23 +304,60 @@ def padded_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def sequence_lengths(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, packed: torch.Tensor | None
-) -> torch.Tensor:
-    """Largest position + 1 of the sequence that a token belongs to: [B, 1], or [B, T] for packed rows.
+class TokenLayout(NamedTuple):
+    """Where T new tokens stand: what the mask and the rotary angles are made from.
 
-    Args:
-        position_ids: [B, T].
-        attention_mask: padding does not count where it is [B, past + T].
-        packed: positions [B, T] that restart with every packed sequence.
+    position_ids: [B or 1, T].
+    attention_mask: as given to the model, or None.
+    past_key_values: what is cached before them, or None.
+    packed: [B or 1, T], restarting with every sequence packed into a row; None where rows are one sequence.
     """
+
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    past_key_values: Cache | None
+    packed: torch.Tensor | None
+
+    @property
+    def padding_mask(self) -> torch.Tensor | None:
+        """The attention_mask where it is [B, past + T]."""
+        return None if self.attention_mask is None or self.attention_mask.dim() != 2 else self.attention_mask
+
+
+def token_layout(
+    hidden_states: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    cu_seqlens: torch.Tensor | None,
+) -> TokenLayout:
+    """The layout of the tokens of hidden_states [B, T, H]; positions that are not given are counted."""
+    length = hidden_states.shape[1]
+    packed = None
+    if past_key_values is None and cu_seqlens is not None:
+        packed, attention_mask = packed_position_ids(cu_seqlens, length), None
+    elif past_key_values is None and attention_mask is None:
+        packed = position_ids
+    if position_ids is None and packed is not None:
+        position_ids = packed
+    elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        position_ids = padded_position_ids(attention_mask)[:, -length:]
+    elif position_ids is None:
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+    return TokenLayout(position_ids, attention_mask, past_key_values, packed)
+
+
+def sequence_lengths(layout: TokenLayout) -> torch.Tensor:
+    """Largest position + 1 of the sequence that a token belongs to: [B, 1], or [B, T] for packed rows."""
+    position_ids, packed, padding = layout.position_ids, layout.packed, layout.padding_mask
     if packed is not None:
         starts = F.pad(packed.diff(dim=-1) != 1, (1, 0))
         number = starts.cumsum(-1).expand_as(position_ids)  # of the token's sequence within its row
         largest = torch.zeros_like(position_ids).scatter_reduce(-1, number, position_ids, "amax")
         return largest.gather(-1, number) + 1
-    if attention_mask is not None and attention_mask.dim() == 2:
-        position_ids = position_ids.masked_fill(attention_mask[:, -position_ids.shape[-1] :] == 0, 0)
+    if padding is not None:
+        position_ids = position_ids.masked_fill(padding[:, -position_ids.shape[-1] :] == 0, 0)
     return position_ids.amax(-1, keepdim=True) + 1
 
 
@@ -392,14 +429,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        backend = self.config._attn_implementation
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions and backend != "eager":
-            raise ValueError(
-                'output_attentions needs the weights that only attn_implementation="eager" gives; '
-                f"this model runs {backend!r}."
-            )
+        output_attentions = self._gives_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
@@ -407,32 +437,23 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = DynamicCache(past_key_values)
         hidden_states = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, H]
-        length = hidden_states.shape[1]
-
         if position_ids is None and indexes is not None:
             position_ids = torch.atleast_2d(indexes)
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")  # the name in transformers' data collators
-        packed = None
-        if past_key_values is None and cu_seqlens is not None:
-            packed, attention_mask = packed_position_ids(cu_seqlens, length), None
-        elif past_key_values is None and attention_mask is None:
-            packed = position_ids
-        if position_ids is None:
-            position_ids = self._count_positions(hidden_states, attention_mask, past_key_values, packed)
-        if packed is not None and "flash" in backend and "cu_seq_lens_q" not in kwargs:
-            kwargs.update(varlen_arguments(packed.expand(len(hidden_states), -1), max_seqlen))
-
+        layout = token_layout(hidden_states, position_ids, attention_mask, past_key_values, cu_seqlens)
         # transformers looks for packed sequences only where there is no cache: the mask comes before it.
-        mask = self._backend_mask(hidden_states, attention_mask, past_key_values, packed)
+        mask = self._backend_mask(hidden_states, layout)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        kwargs.update(
-            position_embeddings=self._position_embeddings(hidden_states, position_ids, attention_mask, packed),
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            cache_kwargs=cache_slots(past_key_values, hidden_states),
-        )
+        kwargs = {
+            **self._packed_arguments(hidden_states, layout, max_seqlen),
+            **kwargs,
+            "position_embeddings": self._position_embeddings(hidden_states, layout),
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
+            "cache_kwargs": cache_slots(past_key_values, hidden_states),
+        }
         all_hidden_states: list[torch.Tensor] = []
         all_weights: list[torch.Tensor] = []
         for layer in self.layers:
@@ -449,48 +470,38 @@ class InternLM2Model(InternLM2PreTrainedModel):
             attentions=tuple(all_weights) if output_attentions else None,
         )
 
-    def _count_positions(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        packed: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The positions [B or 1, T] of new tokens that came without any."""
-        if packed is not None:
-            return packed
-        length = hidden_states.shape[1]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            return padded_position_ids(attention_mask)[:, -length:]
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+    def _gives_attentions(self, output_attentions: bool | None) -> bool:
+        """Whether to return attention weights; ValueError where the backend has none."""
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if wanted and self.config._attn_implementation != "eager":
+            raise ValueError(
+                'output_attentions needs the weights that only attn_implementation="eager" gives; '
+                f"this model runs {self.config._attn_implementation!r}."
+            )
+        return wanted
 
-    def _backend_mask(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        packed: torch.Tensor | None,
-    ) -> Any:
+    def _backend_mask(self, hidden_states: torch.Tensor, layout: TokenLayout) -> Any:
         """The mask as the attention backend takes it."""
         # A single token sees everything before it, unless the cache has slots that are not filled yet.
-        preallocated = getattr(past_key_values, "is_compileable", False)
-        if hidden_states.shape[1] == 1 and attention_mask is None and not preallocated:
+        preallocated = getattr(layout.past_key_values, "is_compileable", False)
+        if hidden_states.shape[1] == 1 and layout.attention_mask is None and not preallocated:
             return None
-        return causal_mask(self.config, hidden_states, attention_mask, past_key_values, packed)
+        return causal_mask(self.config, hidden_states, layout.attention_mask, layout.past_key_values, layout.packed)
 
-    def _position_embeddings(
-        self,
-        hidden_states: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        packed: torch.Tensor | None,
-    ) -> PositionEmbeddings:
+    def _packed_arguments(
+        self, hidden_states: torch.Tensor, layout: TokenLayout, max_seqlen: int | None
+    ) -> dict[str, Any]:
+        """How FlashAttention, which takes no mask, is told of packed sequences."""
+        if layout.packed is None or "flash" not in self.config._attn_implementation:
+            return {}
+        return varlen_arguments(layout.packed.expand(len(hidden_states), -1), max_seqlen)
+
+    def _position_embeddings(self, hidden_states: torch.Tensor, layout: TokenLayout) -> PositionEmbeddings:
         """cos and sin for all layers, in the dtype of their queries and keys."""
         device = hidden_states.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-        return self.rotary_emb(position_ids, sequence_lengths(position_ids, attention_mask, packed), dtype)
+        return self.rotary_emb(layout.position_ids, sequence_lengths(layout), dtype)
 
 
 class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin):

@@ -10,7 +10,7 @@ base that the sequence's length now calls for. Without it, rotated keys are cach
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -302,43 +302,79 @@ def padded_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def key_position_ids(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache
-) -> torch.Tensor:
+class TokenLayout(NamedTuple):
+    """Where T new tokens stand: what the mask and the rotary angles are made from.
+
+    position_ids: [B or 1, T].
+    attention_mask: as given to the model, or None.
+    past_key_values: what is cached before them, or None.
+    packed: [B or 1, T], restarting with every sequence packed into a row; None where rows are one sequence.
+    """
+
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    past_key_values: Cache | None
+    packed: torch.Tensor | None
+
+    @property
+    def padding_mask(self) -> torch.Tensor | None:
+        """The attention_mask where it is [B, past + T]."""
+        return None if self.attention_mask is None or self.attention_mask.dim() != 2 else self.attention_mask
+
+
+def token_layout(
+    hidden_states: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    cu_seqlens: torch.Tensor | None,
+) -> TokenLayout:
+    """The layout of the tokens of hidden_states [B, T, H]; positions that are not given are counted."""
+    length = hidden_states.shape[1]
+    packed = None
+    if past_key_values is None and cu_seqlens is not None:
+        packed, attention_mask = packed_position_ids(cu_seqlens, length), None
+    elif past_key_values is None and attention_mask is None:
+        packed = position_ids
+    if position_ids is None and packed is not None:
+        position_ids = packed
+    elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        position_ids = padded_position_ids(attention_mask)[:, -length:]
+    elif position_ids is None:
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+    return TokenLayout(position_ids, attention_mask, past_key_values, packed)
+
+
+def sequence_lengths(layout: TokenLayout) -> torch.Tensor:
+    """Largest position + 1 of the sequence that a token belongs to: [B, 1], or [B, T] for packed rows."""
+    position_ids, packed, padding = layout.position_ids, layout.packed, layout.padding_mask
+    if packed is not None:
+        starts = F.pad(packed.diff(dim=-1) != 1, (1, 0))
+        number = starts.cumsum(-1).expand_as(position_ids)  # of the token's sequence within its row
+        largest = torch.zeros_like(position_ids).scatter_reduce(-1, number, position_ids, "amax")
+        return largest.gather(-1, number) + 1
+    if padding is not None:
+        position_ids = position_ids.masked_fill(padding[:, -position_ids.shape[-1] :] == 0, 0)
+    return position_ids.amax(-1, keepdim=True) + 1
+
+
+def key_position_ids(layout: TokenLayout, past_key_values: Cache) -> torch.Tensor:
     """Positions [B, S] of cached and new keys, told from the new tokens' positions [B, T] and the padding.
 
     Cached tokens are counted like new ones, and the count is moved so that the last new token has its position.
     """
+    position_ids, padding = layout.position_ids, layout.padding_mask
     length = position_ids.shape[-1]
     slots = attended_length(past_key_values, length)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        count = padded_position_ids(attention_mask)  # [B, past + T]
+    if padding is not None:
+        count = padded_position_ids(padding)  # [B, past + T]
         shift = position_ids[:, -1:] - count[:, -1:]
         count = F.pad(count, (0, slots - count.shape[-1]))  # [B, S]; slots that are not filled are masked
     else:
         count = torch.arange(slots, device=position_ids.device)  # [S]
         shift = position_ids[:, -1:] - (past_key_values.get_seq_length() + length - 1)
     return (count + shift).clamp(min=0)
-
-
-def sequence_lengths(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, packed: torch.Tensor | None
-) -> torch.Tensor:
-    """Largest position + 1 of the sequence that a token belongs to: [B, 1], or [B, T] for packed rows.
-
-    Args:
-        position_ids: [B, T].
-        attention_mask: padding does not count where it is [B, past + T].
-        packed: positions [B, T] that restart with every packed sequence.
-    """
-    if packed is not None:
-        starts = F.pad(packed.diff(dim=-1) != 1, (1, 0))
-        number = starts.cumsum(-1).expand_as(position_ids)  # of the token's sequence within its row
-        largest = torch.zeros_like(position_ids).scatter_reduce(-1, number, position_ids, "amax")
-        return largest.gather(-1, number) + 1
-    if attention_mask is not None and attention_mask.dim() == 2:
-        position_ids = position_ids.masked_fill(attention_mask[:, -position_ids.shape[-1] :] == 0, 0)
-    return position_ids.amax(-1, keepdim=True) + 1
 
 
 def varlen_arguments(packed: torch.Tensor, max_seqlen: int | None) -> dict[str, Any]:
@@ -409,14 +445,7 @@ class InternLMModel(InternLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        backend = self.config._attn_implementation
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions and backend != "eager":
-            raise ValueError(
-                'output_attentions needs the weights that only attn_implementation="eager" gives; '
-                f"this model runs {backend!r}."
-            )
+        output_attentions = self._gives_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
@@ -424,32 +453,23 @@ class InternLMModel(InternLMPreTrainedModel):
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = DynamicCache(past_key_values)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, H]
-        length = hidden_states.shape[1]
-
         if position_ids is None and indexes is not None:
             position_ids = torch.atleast_2d(indexes)
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")  # the name in transformers' data collators
-        packed = None
-        if past_key_values is None and cu_seqlens is not None:
-            packed, attention_mask = packed_position_ids(cu_seqlens, length), None
-        elif past_key_values is None and attention_mask is None:
-            packed = position_ids
-        if position_ids is None:
-            position_ids = self._count_positions(hidden_states, attention_mask, past_key_values, packed)
-        if packed is not None and "flash" in backend and "cu_seq_lens_q" not in kwargs:
-            kwargs.update(varlen_arguments(packed.expand(len(hidden_states), -1), max_seqlen))
-
+        layout = token_layout(hidden_states, position_ids, attention_mask, past_key_values, cu_seqlens)
         # transformers looks for packed sequences only where there is no cache: the mask comes before it.
-        mask = self._backend_mask(hidden_states, attention_mask, past_key_values, packed)
-        kwargs.update(self._position_embeddings(hidden_states, position_ids, attention_mask, past_key_values, packed))
+        mask = self._backend_mask(hidden_states, layout)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        kwargs.update(
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            cache_kwargs=cache_slots(past_key_values, hidden_states),
-        )
+        kwargs = {
+            **self._packed_arguments(hidden_states, layout, max_seqlen),
+            **kwargs,
+            **self._position_embeddings(hidden_states, layout),
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
+            "cache_kwargs": cache_slots(past_key_values, hidden_states),
+        }
         all_hidden_states: list[torch.Tensor] = []
         all_weights: list[torch.Tensor] = []
         for layer in self.layers:
@@ -466,56 +486,44 @@ class InternLMModel(InternLMPreTrainedModel):
             attentions=tuple(all_weights) if output_attentions else None,
         )
 
-    def _count_positions(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        packed: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The positions [B or 1, T] of new tokens that came without any."""
-        if packed is not None:
-            return packed
-        length = hidden_states.shape[1]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            return padded_position_ids(attention_mask)[:, -length:]
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+    def _gives_attentions(self, output_attentions: bool | None) -> bool:
+        """Whether to return attention weights; ValueError where the backend has none."""
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if wanted and self.config._attn_implementation != "eager":
+            raise ValueError(
+                'output_attentions needs the weights that only attn_implementation="eager" gives; '
+                f"this model runs {self.config._attn_implementation!r}."
+            )
+        return wanted
 
-    def _backend_mask(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        packed: torch.Tensor | None,
-    ) -> Any:
+    def _backend_mask(self, hidden_states: torch.Tensor, layout: TokenLayout) -> Any:
         """The mask as the attention backend takes it."""
         # A single token sees everything before it, unless the cache has slots that are not filled yet.
-        preallocated = getattr(past_key_values, "is_compileable", False)
-        if hidden_states.shape[1] == 1 and attention_mask is None and not preallocated:
+        preallocated = getattr(layout.past_key_values, "is_compileable", False)
+        if hidden_states.shape[1] == 1 and layout.attention_mask is None and not preallocated:
             return None
-        return causal_mask(self.config, hidden_states, attention_mask, past_key_values, packed)
+        return causal_mask(self.config, hidden_states, layout.attention_mask, layout.past_key_values, layout.packed)
 
-    def _position_embeddings(
-        self,
-        hidden_states: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        packed: torch.Tensor | None,
-    ) -> dict[str, PositionEmbeddings]:
+    def _packed_arguments(
+        self, hidden_states: torch.Tensor, layout: TokenLayout, max_seqlen: int | None
+    ) -> dict[str, Any]:
+        """How FlashAttention, which takes no mask, is told of packed sequences."""
+        if layout.packed is None or "flash" not in self.config._attn_implementation:
+            return {}
+        return varlen_arguments(layout.packed.expand(len(hidden_states), -1), max_seqlen)
+
+    def _position_embeddings(self, hidden_states: torch.Tensor, layout: TokenLayout) -> dict[str, PositionEmbeddings]:
         """cos and sin for all layers, in the dtype of their queries and keys."""
         device = hidden_states.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-        lengths = sequence_lengths(position_ids, attention_mask, packed)
-        new = self.rotary_emb(position_ids, lengths, dtype)
+        lengths = sequence_lengths(layout)
+        new = self.rotary_emb(layout.position_ids, lengths, dtype)
         if self.rotary_emb.rope.type != "dynamic":
             return {"position_embeddings": new}
-        if past_key_values is None:
+        if layout.past_key_values is None:
             return {"position_embeddings": new, "key_position_embeddings": new}
-        positions = key_position_ids(position_ids, attention_mask, past_key_values)
-        keys = self.rotary_emb(positions, lengths, dtype)
+        keys = self.rotary_emb(key_position_ids(layout, layout.past_key_values), lengths, dtype)
         return {"position_embeddings": new, "key_position_embeddings": keys}
 
 
