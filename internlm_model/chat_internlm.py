@@ -60,7 +60,8 @@ class ChatMixin:
         `meta_instruction` is the system turn; empty means none.
         """
         text = str(tokenizer.bos_token) + prompt_text(query, history or (), meta_instruction)
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.device)
+        inputs = tokenizer(text, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
+        return inputs.to(self.device)
 
     def chat(
         self: Any,

@@ -181,6 +181,7 @@ def test_a_pair_of_texts_is_joined_the_same_way(pair: tuple[Any, Any]) -> None:
     slow, fast = pair
     assert slow("one", "two")["input_ids"] == fast("one", "two")["input_ids"]
     assert len(slow) == len(fast) == 500
+    assert set(slow("one")) == set(fast("one")) == {"input_ids", "attention_mask"}  # what the models take
     assert slow.get_vocab() == fast.get_vocab()
 
 

@@ -173,6 +173,7 @@ class Tokenizer:
             },
             "auto_map": {"AutoTokenizer": [f"{spec.module}.{spec.class_name}", None]},
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # else the fast class adds token_type_ids
             "model_max_length": _NO_LIMIT,
             "sp_model_kwargs": None,
             "tokenizer_class": spec.class_name,
