@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,19 @@ from tests.fault_harness import (
     snapshot,
     train_quick_tokenizer,
 )
+from tests.fault_moments import (
+    AS_BEFORE,
+    COMMANDS,
+    REFUSED,
+    Place,
+    expected_result,
+    failing_at_operations,
+    interrupted_before_operations,
+    killed_before_operations,
+    make_place,
+    others_of,
+    signalled_at_random,
+)
 from tests.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, write_archive
 from tests.tokenizer_fixture import train_tokenizer
 from weight_conversion import convert as convert_module
@@ -48,49 +60,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ("internlm", "internlm2")
 
 
-@dataclass(frozen=True)
-class Place:
-    """A folder with a checkpoint of 2 x 2 shards, the same model as a Hugging Face folder, and a tokenizer."""
-
-    root: Path
-    family: str
-
-    @property
-    def source(self) -> Path:
-        return self.root / "source"
-
-    @property
-    def hf(self) -> Path:
-        return self.root / "hf"
-
-    @property
-    def target(self) -> Path:
-        return self.root / "target"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "tokenizer.model"
-
-    def convert_command(self, *more: str, target: Path | None = None) -> tuple[str, list[str]]:
-        words = convert_words(self.source, target or self.target, self.tokenizer, "--max_shard", "20KB", *more)
-        return f"convert2hf_{self.family}", words
-
-    def revert_command(self, *more: str, target: Path | None = None) -> tuple[str, list[str]]:
-        return f"revert_{self.family}", revert_words(self.hf, target or self.target, 2, *more)
-
-
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Place of each family, to be copied."""
     tokenizer = train_quick_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
-    places = {}
-    for family in FAMILIES:
-        place = Place(tmp_path_factory.mktemp(family), family)
-        shutil.copy(tokenizer, place.tokenizer)
-        build(place.source, family, shape=TINY[family], tp=2, pp=2, bias=family == "internlm")
-        assert run_script(*place.convert_command(target=place.hf)).status == 0
-        places[family] = place.root
-    return places
+    return {family: make_place(tmp_path_factory.mktemp(family), family, tokenizer).root for family in FAMILIES}
 
 
 @contextmanager
@@ -817,145 +791,35 @@ def test_verify_finds_what_was_written_wrongly(
 # ------------------------------------------------------------------------------------------------- killed at any moment
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run must leave: the files of the target as an undisturbed run writes them, and everything else."""
-
-    files: dict[str, bytes]
-    others: dict[str, Any]
-
-
-COMMANDS = {"convert": Place.convert_command, "revert": Place.revert_command}
 ONE_IN = 3
 """Of the moments when a run can be disturbed, one in so many is tried here; benchmarks/fault_campaign.py tries all."""
-
-
-def expected_result(place: Place, command: Callable[..., tuple[str, list[str]]]) -> Result:
-    assert run_script(*command(place)).status == 0
-    files = contents(place.target)
-    shutil.rmtree(place.target)
-    return Result(files, others_of(place))
-
-
-def others_of(place: Place) -> dict[str, Any]:
-    """Everything but the target."""
-    found = snapshot(place.root)
-    return {name: found[name] for name in found if name != "." and not name.startswith("target")}
-
-
-def fill_target(place: Place, force: bool) -> dict[str, bytes]:
-    """With `force` a target that is to be replaced."""
-    if force:
-        place.target.mkdir()
-        (place.target / "old").write_text("old")
-    return {"old": b"old"} if force else {}
-
-
-def assert_nothing_lost(place: Place, before: dict[str, bytes], result: Result) -> bool:
-    """The target is as it was or complete, the rest as it was; whether it is complete."""
-    files = contents(place.target) if place.target.exists() else {}
-    if not before:
-        assert files or not place.target.exists()
-    if files:
-        assert files in (before, result.files)
-    else:
-        replaced = place.root / ".target.replaced"  # killed between the renames
-        assert contents(replaced) == before if before else not replaced.exists()
-    hidden = {".target.partial", ".target.replaced"}
-    others = {name: value for name, value in others_of(place).items() if Path(name).parts[0] not in hidden}
-    assert others == result.others
-    return files == result.files
-
-
-def assert_next_run_completes(place: Place, command: Callable[..., tuple[str, list[str]]], result: Result) -> None:
-    outcome = run_script(*command(place, "--force"))
-    assert outcome.status == 0, outcome
-    assert contents(place.target) == result.files
-    assert others_of(place) == result.others
-    shutil.rmtree(place.target)
-
-
-def disturbed(
-    place: Place, direction: str, force: bool, conditions: Callable[[int], Conditions], one_in: int
-) -> Iterator[tuple[int, Outcome, bool, Result]]:
-    """Runs a command once for each chosen moment; (moment, outcome, whether the target is complete, what it should be).
-
-    Whatever happened, nothing may be lost, and the next run must complete and leave nothing else.
-    """
-    command = COMMANDS[direction]
-    result = expected_result(place, command)
-    more = ["--force"] if force else []
-    fill_target(place, force)
-    operations = count_operations(*command(place, *more), place.root)
-    shutil.rmtree(place.target)
-    for moment in range(1, operations + 1, one_in):
-        before = fill_target(place, force)
-        outcome = run_child(*command(place, *more), conditions(moment))
-        yield moment, outcome, assert_nothing_lost(place, before, result), result
-        assert_next_run_completes(place, command, result)
 
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_killed_before_any_file_operation(direction: str, force: bool, place: Place) -> None:
-    complete = []
-    for _, outcome, done, _ in disturbed(
-        place, direction, force, lambda moment: Conditions(place.root, kill_at=moment), ONE_IN
-    ):
-        assert outcome.status == -signal.SIGKILL
-        complete.append(done)
-    assert len(complete) > 20
-    assert complete == sorted(complete)  # from some moment on
-    assert not complete[0]
+    verdicts = killed_before_operations(place, direction, force, ONE_IN)
+    assert len(verdicts) > 20
+    assert verdicts[0] == AS_BEFORE
+    assert verdicts == sorted(verdicts)  # as before, and from some moment on complete
 
 
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_interrupted_before_any_file_operation(direction: str, place: Place) -> None:
-    for _, outcome, done, _ in disturbed(
-        place, direction, True, lambda moment: Conditions(place.root, interrupt_at=moment), ONE_IN
-    ):
-        assert outcome.status in ((130, 0) if done else (130,)), outcome
-        assert "Traceback" not in outcome.errors
-        assert sorted(path.name for path in place.root.iterdir() if path.name.startswith(".")) == []
+    assert len(interrupted_before_operations(place, direction, True, ONE_IN)) > 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_killed_at_random_moments(direction: str, number: int, place: Place) -> None:
-    command = COMMANDS[direction]
-    result = expected_result(place, command)
-    generator = torch.Generator().manual_seed(number)
-    for force in (False, True) * 6:
-        before = fill_target(place, force)
-        child = Child(*command(place, *(["--force"] if force else [])), Conditions(place.root))
-        child.until("ready")
-        # a run takes about 30 ms
-        with pytest.raises(subprocess.TimeoutExpired):
-            subprocess.run(["sleep", "1"], timeout=0.04 * torch.rand(1, generator=generator).item(), check=True)
-        child.send(number)
-        outcome = child.end()
-        done = assert_nothing_lost(place, before, result)
-        assert outcome.status in ((0, 130, -number) if done else (130, -number)), outcome
-        assert_next_run_completes(place, command, result)
+    assert len(signalled_at_random(place, direction, number, 12, seed=number)) == 12
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_an_error_of_any_file_operation(direction: str, error: int, place: Place) -> None:
-    """The operation fails once. A run that cannot go on says where and leaves nothing."""
-    refusals = 0
-    for _, outcome, done, _ in disturbed(
-        place, direction, True, lambda moment: Conditions(place.root, fail_at=moment, error=error), ONE_IN
-    ):
-        hidden = sorted(path.name for path in place.root.iterdir() if path.name.startswith("."))
-        if outcome.status == 0:
-            assert done
-            assert hidden in ([], [".target.replaced"])  # only its removal, at the very end, may fail unseen
-        else:
-            assert_refused(outcome, str(place.root), *([] if done else [os.strerror(error)]))
-            assert hidden == []
-            refusals += 1
-    assert refusals > 20
+    verdicts = failing_at_operations(place, direction, True, error, ONE_IN)
+    assert verdicts.count(REFUSED) > 20
 
 
 # ------------------------------------------------------------------------------------------------ limits of the system
