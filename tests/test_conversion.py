@@ -303,6 +303,19 @@ def test_a_tied_head_is_written_as_a_head(tokenizer: Path, tmp_path: Path) -> No
     assert torch.equal(head, weights(tmp_path / "tied")["model.tok_embeddings.weight"])
 
 
+def test_what_users_should_know_is_said(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = {"max_position_embeddings": 512, "use_dynamic_ntk_rope": True}
+    build(tmp_path / "a", "internlm2", bias=True, config=trained)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf.v1", tokenizer)
+    said = capsys.readouterr().err
+    for words in ("attention biases", "use_dynamic_ntk_rope", "max_position_embeddings = 512", "has a dot"):
+        assert words in said
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "back", 1)
+    assert "use_flash_attn only" in capsys.readouterr().err
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "flash", 1, "--use_flash")
+    assert "warning" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("family", "tp", "change", "words"),
     [

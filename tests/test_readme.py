@@ -383,13 +383,13 @@ WRONG = [
     ("convert2hf", "--src a --tgt b", "the following arguments are required: --tokenizer"),
     ("convert2hf", "{} --shards 2", "unrecognized arguments: --shards 2"),
     ("convert2hf", "{} --dtype int8", "argument --dtype: invalid choice: 'int8'"),
-    ("convert2hf", "{} --max_pos 0", "argument --max_pos: invalid positive"),
+    ("convert2hf", "{} --max_pos 0", "argument --max_pos: '0' is not a whole number of at least 1"),
     ("convert2hf", "{} --rotary_type linear", "argument --rotary_type: invalid choice: 'linear'"),
-    ("convert2hf", "{} --scaling_factor 0.5", "argument --scaling_factor: invalid factor"),
+    ("convert2hf", "{} --scaling_factor 0.5", "argument --scaling_factor: '0.5' is not a number of at least 1.0"),
     ("convert2hf", "{} --rotary dynamic", "unrecognized arguments: --rotary dynamic"),
     ("revert", "--tgt b --tp_size 2", "the following arguments are required: --src"),
     ("revert", "{} --dtype float16", "unrecognized arguments: --dtype float16"),
-    ("revert", "--src a --tgt b --tp_size two", "argument --tp_size: invalid positive"),
+    ("revert", "--src a --tgt b --tp_size two", "argument --tp_size: 'two' is not a whole number of at least 1"),
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .copying import Copier, Move, Task
-from .errors import ConversionError, naming
+from .errors import ConversionError, naming, shown
 from .family import Family, Rope, positive_number, training_shape
 from .hf_folder import (
     CONFIG,
@@ -148,6 +148,12 @@ def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Re
         reporter.warn("norm_head is set: the output weight is written with its rows normalised, as training uses it.")
     if source.checkpoint.config.get("use_dynamic_ntk_rope") and request.dynamic_factor is None:
         reporter.warn("the model was trained with use_dynamic_ntk_rope; --rotary_type origin writes no scaling.")
+    trained_positions = source.checkpoint.config.get("max_position_embeddings", request.max_position_embeddings)
+    if trained_positions != request.max_position_embeddings:
+        reporter.warn(
+            f"{MODEL_CONFIG} says max_position_embeddings = {shown(trained_positions)}, the folder gets "
+            f"{request.max_position_embeddings} from --max_pos."
+        )
     if "." in request.target.name:
         reporter.warn(
             f"the folder name {request.target.name!r} has a dot, with which some transformers versions cannot load "

@@ -132,6 +132,11 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
     where = source.folder.folder / CONFIG
     rope = _rope(config, where, reporter)
     positions = positive_integer(config, "max_position_embeddings", where)
+    if not request.embed_split and not request.use_flash:
+        reporter.warn(
+            "the embedding is split along the vocabulary, which InternEvo builds with use_flash_attn only. Train with "
+            "use_flash_attn (--use_flash says so in model_config.pt), or revert with --embed_split."
+        )
     dtypes = {fulls[0].dtype for _, fulls in source.fulls}
     if len(dtypes) > 1:
         reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")

@@ -94,9 +94,7 @@ def _install(wanted: Sequence[str], folder: Path) -> None:
 def _check(folder: Path, wanted: Sequence[str]) -> None:
     """Raise RuntimeError unless a fresh interpreter imports the pinned versions from `folder`."""
     names = ("transformers", "tokenizers", "huggingface_hub")
-    program = (
-        f"import torch, {', '.join(names)}\nfor m in ({', '.join(names)}): print(m.__version__, m.__file__)"
-    )
+    program = f"import torch, {', '.join(names)}\nfor m in ({', '.join(names)}): print(m.__version__, m.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -105,16 +103,12 @@ def _check(folder: Path, wanted: Sequence[str]) -> None:
     for name, line in zip(names, run.stdout.splitlines(), strict=True):
         version, path = line.split(" ", 1)
         if version != pins[name] or not path.startswith(str(folder)):
-            raise RuntimeError(
-                f"{name} {version} was imported from {path}; expected {pins[name]} in {folder}."
-            )
+            raise RuntimeError(f"{name} {version} was imported from {path}; expected {pins[name]} in {folder}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "versions", nargs="*", default=list(PINS), help=f"of {', '.join(PINS)} (default: all)"
-    )
+    parser.add_argument("versions", nargs="*", default=list(PINS), help=f"of {', '.join(PINS)} (default: all)")
     for version in parser.parse_args().versions:
         print(make_environment(version))
 
