@@ -63,9 +63,8 @@ def load_and_generate(folder: Path, expected: Path) -> None:
         print(f"logits: largest difference from the training model's own {difference:.1e}")
     inputs = tokenizer("the river runs", return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    print(
-        f"{type(model).__name__} and {type(tokenizer).__name__} load; random weights say: {tokenizer.decode(tokens[0])!r}"
-    )
+    said = tokenizer.decode(tokens[0])
+    print(f"{type(model).__name__} and {type(tokenizer).__name__} load; random weights say: {said!r}")
 
 
 def compare(source: Path, back: Path) -> int:
