@@ -66,6 +66,7 @@ class InternLMTokenizer(PreTrainedTokenizer):
         self._piece_ids = {piece: index for index, piece in enumerate(self._pieces)}
         self._unk_index = self.sp_model.unk_id()
         saved = _saved_settings(Path(vocab_file))
+        self._tokens_of_fast_file = _token_settings(saved)
         self.add_bos_token = saved.get("add_bos_token", True) if add_bos_token is None else add_bos_token
         self.add_eos_token = saved.get("add_eos_token", False) if add_eos_token is None else add_eos_token
         super().__init__(
@@ -180,9 +181,10 @@ class InternLMTokenizer(PreTrainedTokenizer):
         self, save_directory: str | PathLike[str], file_names: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
         config = Path(file_names[0])
-        _complete_settings(config, self)
+        settings = _complete_settings(config, self)
         written = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
-        return written + _copy_fast_file(Path(self.vocab_file), config)
+        still_true = _token_settings(settings) == self._tokens_of_fast_file
+        return written + _save_fast_file(Path(self.vocab_file), config, still_true)
 
 
 class _Cutter:
@@ -211,25 +213,29 @@ def _saved_settings(vocab_file: Path) -> dict[str, Any]:
     return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
-def _complete_settings(config: Path, tokenizer: InternLMTokenizer) -> None:
+def _complete_settings(config: Path, tokenizer: InternLMTokenizer) -> dict[str, Any]:
+    """Add to a saved tokenizer_config.json what is missing, and return what it says now."""
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["add_bos_token"] = tokenizer.add_bos_token
     settings["add_eos_token"] = tokenizer.add_eos_token
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return settings
 
 
 # Readers without this code, transformers 5.3 to 5.11 among them, need tokenizer.json; the base class does not save it.
 
 
-def _copy_fast_file(vocab_file: Path, config: Path) -> tuple[str, ...]:
-    """Copy the tokenizer.json beside `vocab_file` to beside the new `config`, if it is still true; return its path."""
+def _save_fast_file(vocab_file: Path, config: Path, still_true: bool) -> tuple[str, ...]:
+    """Copy the tokenizer.json beside `vocab_file` to beside `config` and return its path; if it is not true of the
+    tokens any more, remove one that lies there, for it would be believed.
+    """
     source = vocab_file.with_name("tokenizer.json")
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    if not source.is_file() or _token_settings(settings) != _token_settings(_saved_settings(vocab_file)):
-        return ()
     target = config.with_name(config.name.replace("tokenizer_config", "tokenizer"))
+    if not still_true or not source.is_file():
+        target.unlink(missing_ok=True)
+        return ()
     if source.resolve() != target.resolve():
         shutil.copyfile(source, target)
     return (str(target),)

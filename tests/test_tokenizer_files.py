@@ -196,6 +196,34 @@ def test_a_character_without_a_use_is_not_matched(tmp_path: Path) -> None:
     assert fast.decode([320]) == slow.decode([320]) == "\0"
 
 
+# Saving what was written
+
+
+def test_the_slow_class_saves_the_fast_form(family: Family, spec: TokenizerSpec, model: Path, tmp_path: Path) -> None:
+    folder = written(model, tmp_path / "a", spec)
+    slow = family.cls("Tokenizer").from_pretrained(folder)
+    files = slow.save_pretrained(tmp_path / "b")
+    assert str(tmp_path / "b" / "tokenizer.json") in map(str, files)
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    slow.save_pretrained(folder)
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["new token", "no start token"])
+def test_an_outdated_fast_form_is_not_left_behind(family: Family, model: Path, tmp_path: Path, change: str) -> None:
+    folder = written(model, tmp_path / "a", SPECS[str(family)])
+    slow = family.cls("Tokenizer").from_pretrained(folder)
+    if change == "new token":
+        slow.add_tokens(["<new>"])
+    else:
+        slow.add_bos_token = False
+    for target in (tmp_path / "b", folder):
+        slow.save_pretrained(target)
+        assert not (target / "tokenizer.json").exists()
+        again = family.cls("Tokenizer").from_pretrained(target)
+        assert again("one<new>")["input_ids"] == slow("one<new>")["input_ids"]
+
+
 # The comparison
 
 
