@@ -6,6 +6,7 @@ that the training model itself gave. For InternLM a checkpoint of the same kind 
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def run(script: str, *arguments: object) -> None:
 
 
 def load_and_generate(folder: Path, expected: Path) -> None:
+    logging.disable(logging.WARNING)  # of libraries that transformers finds installed and looks into
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
