@@ -42,7 +42,7 @@ def show(family: str, source: Path, tokenizer: Path, work: Path) -> int:
     print(f"\n== {family}: {len(list(source.glob('model_tp*.pt')))} shards of InternEvo")
     run(f"convert2hf_{family}.py", "--src", source, "--tgt", hf, "--tokenizer", tokenizer, "--dtype", "float32")
     load_and_generate(hf, source / "expected_logits.pt")
-    run(f"revert_{family}.py", "--src", hf, "--tgt", back, "--tp_size", 2)
+    run(f"revert_{family}.py", "--src", hf, "--tgt", back, "--tp_size", 2, "--use_flash")
     return compare(source, back)
 
 
