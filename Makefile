@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint compat compat-ci compat-environments tokenizer-versions
+.PHONY: demo test lint compat compat-ci compat-environments llama-cpp tokenizer-versions
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -38,3 +38,15 @@ compat-ci: $(READY)
 # The real tokenizers on every version, loaded in every way: benchmarks/tokenizer_versions.md.
 tokenizer-versions: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python tests/versions/tokenizer_versions.py
+
+# llama.cpp on converted folders. Built from source the first time, in about six minutes of processor time.
+LLAMA_CPP := .compat/llama_cpp
+
+$(LLAMA_CPP)/.installed: | $(READY)
+	rm -rf $(LLAMA_CPP)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(LLAMA_CPP) llama-cpp-python==0.3.36 gguf==0.19.0 diskcache==5.6.3
+	touch $@
+
+llama-cpp: $(LLAMA_CPP)/.installed
+	PYTHONPATH=.:tests:$(LLAMA_CPP) $(BIN)/python -m pytest tests/llama_cpp/compare.py
