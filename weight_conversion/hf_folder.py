@@ -20,7 +20,7 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .errors import ConversionError, naming
+from .errors import ConversionError, naming, shown
 from .safetensors_file import SafetensorsWriter, read_header
 from .torch_file import check_records, read_state_dict
 from .views import StoredTensor, TensorSpec
@@ -105,10 +105,13 @@ def _weight_files(folder: Path, weights: WeightFormat) -> tuple[dict[str, str], 
 def _inside(folder: Path, name: str, index_file: Path) -> Path:
     path = folder / name
     if Path(name).name != name or name in ("", ".", ".."):
-        raise ConversionError(f"{index_file} names the file {name!r}, which is not a plain file name in its folder.")
+        raise ConversionError(
+            f"{index_file} names the file {shown(name)}, which is not a plain file name in its folder."
+        )
     if not path.is_file():
         raise ConversionError(
-            f"{path} is missing, though {index_file.name} names it. Copy it, or fetch the folder again."
+            f"{index_file} names the file {shown(name)}, which is missing in its folder. Copy it, or fetch the folder "
+            "again."
         )
     return path
 
