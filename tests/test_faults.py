@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -682,7 +683,7 @@ def test_a_target_that_is_no_folder_is_refused(kind: str, place: Place) -> None:
 
 
 def test_room_on_the_disk_is_checked_before(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     for command in (place.convert_command(), place.revert_command()):
         refused(place, command, str(place.root), "0.00 GB free", "needed")
 

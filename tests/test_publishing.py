@@ -178,8 +178,11 @@ def test_a_partial_folder_is_cleaned_up(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "file").read_text() == "kept"
 
 
-def test_what_was_being_replaced_is_put_back_and_then_protected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_again", [False, True])
+def test_what_was_being_replaced_is_put_back_and_then_protected(made_again: bool, tmp_path: Path) -> None:
     """Killed between the two renames of --force: the old content stands under its other name."""
+    if made_again:  # by a script that makes its folders before it starts
+        (tmp_path / "hf").mkdir()
     filled(tmp_path / ".hf.replaced", "old")
     filled(tmp_path / ".hf.partial", "new")
     with pytest.raises(ConversionError, match="not empty"):

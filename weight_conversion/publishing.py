@@ -56,7 +56,7 @@ class Publication:
             )
 
     def _is_filled(self) -> bool:
-        return self.target.exists() and any(self.target.iterdir())
+        return self.target.is_dir() and any(self.target.iterdir())
 
     def check_space(self, needed: int) -> None:
         """ConversionError where the disk has not `needed` bytes free."""
@@ -123,7 +123,7 @@ class Publication:
 
     def _put_back(self) -> None:
         """What a run that ended between the two renames of --force left: the old folder, under its other name."""
-        if self.target.exists():
+        if self._is_filled():
             shutil.rmtree(self._replaced, ignore_errors=True)
         elif self._replaced.exists():
             self._replaced.rename(self.target)
