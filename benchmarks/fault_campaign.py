@@ -126,7 +126,7 @@ def _try(line: Line, subject: Subject, path: Path, content: bytes, description: 
 
 def disturbances(arguments: argparse.Namespace, tokenizer: Path) -> Iterable[Line]:
     """Kills, interrupts and errors at every file operation, and signals at random moments."""
-    errors = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EDQUOT": errno.EDQUOT}
+    errors = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
     for direction in moments.COMMANDS:
         killed = Line(f"{direction}: SIGKILL before each file operation, with and without --force")
         interrupted = Line(f"{direction}: SIGINT before each file operation, with and without --force")
