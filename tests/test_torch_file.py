@@ -228,6 +228,21 @@ def test_a_byte_changed_anywhere_is_found_or_changes_nothing(quick_path: Path) -
     assert told > len(whole)  # of two changes of each byte
 
 
+def test_a_directory_that_swaps_two_records_is_refused(tmp_path: Path) -> None:
+    """Both have the same size, so that only their names tell."""
+    path = tmp_path / "model_tp0_pp0.pt"
+    write(path, {"a": torch.zeros(16), "b": torch.ones(16)})
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        places = [archive.getinfo(f"{path.stem}/data/{i}").header_offset for i in (0, 1)]
+    first, second = (content.rindex(f"{path.stem}/data/{i}".encode()) - 4 for i in (0, 1))  # offsets stand before names
+    assert [int.from_bytes(content[at : at + 4], "little") for at in (first, second)] == places
+    content[first : first + 4], content[second : second + 4] = content[second : second + 4], content[first : first + 4]
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match="not where the directory says"):
+        read_state_dict(path)
+
+
 def pickled_tensor(**changes: Any) -> tuple[bytes, dict[str, bytes]]:
     """A pickle of {"a": 6 floats as [2, 3]} with some of its parts changed, and its storage."""
     parts = {"kind": "storage", "type": torch.FloatStorage, "key": "0", "numel": 6}
