@@ -456,7 +456,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
         }
         all_hidden_states: list[torch.Tensor] = []
         all_weights: list[torch.Tensor] = []
-        for layer in self.layers:
+        # Early-exit drafting asks for the first layers alone by lowering the number.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             hidden_states, weights = layer(hidden_states, **kwargs)

@@ -65,6 +65,17 @@ def test_sampling_repeats_with_the_seed(family: Family, rope: str) -> None:
 
 
 @over_families
+@over_ropes
+@pytest.mark.parametrize("draft", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+def test_drafted_tokens_change_nothing(family: Family, rope: str, draft: dict[str, int]) -> None:
+    """Tokens guessed from the prompt, or by the first layers alone, are checked by the whole model."""
+    model = family.model(rope)
+    ids = tokens(1, 9).repeat(1, 2)
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(ids, **settings, **draft), model.generate(ids, **settings))
+
+
+@over_families
 def test_generation_from_embeddings(family: Family) -> None:
     model = family.model()
     ids = tokens(1, 8)
