@@ -96,6 +96,8 @@ class InternLMConfig(PretrainedConfig):
 
     model_type = "internlm"
     _auto_class = "AutoConfig"
+    # The dtype asked for through an Auto class: transformers 5.4 and 5.8 tell it to the config alone.
+    _requested_dtype = None
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads this class attribute)
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",
@@ -246,18 +248,21 @@ class InternLMConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in PretrainedConfig; config.json's "attn_implementation" holds unless the caller names one."""
         requested = kwargs.pop("attn_implementation", None)
+        dtypes = [kwargs.get(name) for name in ("dtype", "torch_dtype")]
         stored = config_dict.get("attn_implementation")
         loaded = super().from_dict(dict(config_dict), attn_implementation=stored, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if requested is not None:
             config._attn_implementation = requested
+        config._requested_dtype = next((dtype for dtype in dtypes if dtype not in (None, "auto")), None)
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json, the same from every transformers version: all spellings of the rotary
         setting and of the dtype, so that readers of the raw file find theirs."""
         raw = super().to_dict()
-        raw.pop("_rope", None)
+        for name in ("_rope", "_requested_dtype"):
+            raw.pop(name, None)
         raw["attn_implementation"] = raw.pop("_stored_attn_implementation")
         raw["rotary"] = self.rotary
         raw["rope_theta"] = self.rope_theta

@@ -250,11 +250,12 @@ class InternLMPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: tensor parallelism that would cut a key/value head apart.
         """
-        dtype = kwargs.pop("dtype", None)
-        torch_dtype = kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = next((given for given in (dtype, torch_dtype) if given is not None), torch.float32)
+        through_auto = getattr(kwargs.get("config"), "_requested_dtype", None)
+        given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), through_auto)
+        kwargs["dtype"] = next((dtype for dtype in given if dtype is not None), torch.float32)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config._requested_dtype = None
         if model.config.num_key_value_heads % (model.tp_size or 1):
             raise ValueError(
                 f"Tensor parallelism over {model.tp_size} processes would cut key/value heads apart. Their number, "

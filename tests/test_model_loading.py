@@ -150,6 +150,12 @@ def test_dtype_rule(
 
 
 @over_families
+def test_a_dtype_is_for_one_load(family: Family, folder: Path) -> None:
+    half = load(folder, dtype=torch.float16)
+    assert load(folder, config=half.config).dtype == torch.float32
+
+
+@over_families
 def test_auto_dtype_is_the_configs_else_the_weights(family: Family, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     (tmp_path / "none").mkdir()
