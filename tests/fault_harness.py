@@ -205,6 +205,7 @@ def count_operations(script: str, words: Sequence[str], root: Path) -> int:
 
 def _run(script: str, words: list[str], conditions: Conditions, report: Path) -> None:
     """What a child does; its exit status is the script's."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs started in the background ignore it
     multiprocessing.set_start_method("fork", force=True)  # tqdm's lock then leaves nothing behind when killed
     operations = _Operations(conditions, report)
     with (report / "errors").open("w", buffering=1) as errors, redirect_stderr(errors), redirect_stdout(io.StringIO()):
