@@ -1,6 +1,6 @@
 """Try both families on every transformers version of environments.py, and tell the result as Markdown tables.
 
-    make compat       # all versions; writes benchmarks/compatibility.md
+    make compat       # all versions; writes benchmarks/compatibility.md and the table in both READMEs
     make compat-ci    # the oldest and the newest; writes nothing
 
 Each version runs in its own environment, in processes of its own: first the checks of checks.py on folders like
@@ -31,6 +31,8 @@ from layout import MODELS, TOKENIZER, TOKENIZERS
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 REPORT = REPOSITORY / "benchmarks" / "compatibility.md"
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "README-zh-Hans.md")
+BEGIN, END = "<!-- made by make compat -->", "<!-- up to here -->"
 LOGS = REPOSITORY / ".build" / "compatibility"
 FAMILIES = {"internlm": "InternLM", "internlm2": "InternLM2"}
 CONVERTER = "converter"
@@ -122,6 +124,8 @@ def main() -> int:
     if versions == list(PINS):
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(report, encoding="utf-8")
+        for page in PAGES:
+            page.write_text(with_table(page.read_text(encoding="utf-8"), tables[0].markdown([])), encoding="utf-8")
     failures = [failure for table in tables for failure in table.failures()]
     print(*(f"FAILED {failure}" for failure in failures), sep="\n", file=sys.stderr)
     return 1 if failures else 0
@@ -201,6 +205,15 @@ def _errors_of(errors: Mapping[str, str], family: str, saver: str) -> list[str]:
     return [
         error for name, error in errors.items() if error and name.startswith(f"{family}_") and name.endswith(ending)
     ]
+
+
+def with_table(page: str, table: str) -> str:
+    """The page with `table` between the two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"a page lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def render(tables: Sequence[Table]) -> str:
