@@ -45,6 +45,7 @@ from internlm_model import InternLMConfig, InternLMForCausalLM
 BYTES = 2  # of a bfloat16
 GIB = 2**30
 DECODE_STEPS = 16
+COMPILED_STEPS = 64  # one step is short beside the time from the call to its first kernel
 STATIC_CACHE = 1024
 TRAINING_TOKENS = 4096
 # Eager attention holds the scores of all pairs of tokens: 64 GiB a layer for 32768 tokens and 32 heads.
@@ -199,8 +200,9 @@ class Measurement:
     peak: int = 0
 
     @property
-    def time(self) -> float:
-        return statistics.median(self.times)
+    def time(self) -> float | None:
+        """The median, or None where the memory did not suffice."""
+        return statistics.median(self.times) if self.times else None
 
 
 Pass = Callable[[Any], float]
@@ -212,16 +214,26 @@ def parameter_bytes(model: Any) -> int:
 
 
 def measure(models: dict[str, Any], run: Pass, rounds: int) -> dict[str, Measurement]:
-    """Alternates the models; the first round warms up and tells the peak of memory."""
+    """Alternates the models, after a round that warms up; a model that runs out of memory is left out from there."""
     results = {name: Measurement() for name in models}
+    running = dict(models)
     for number in range(rounds + 1):
-        for name, model in models.items():
+        for name, model in list(running.items()):
             held = torch.cuda.memory_allocated() - parameter_bytes(model)
             torch.cuda.reset_peak_memory_stats()
-            time = run(model)
-            results[name].peak = max(results[name].peak, torch.cuda.max_memory_allocated() - held)
+            try:
+                time = run(model)
+            except torch.OutOfMemoryError:
+                del running[name]
+                results[name].times.clear()
+                continue
+            finally:
+                results[name].peak = max(results[name].peak, torch.cuda.max_memory_allocated() - held)
             if number:
                 results[name].times.append(time)
+        if len(running) < len(models):  # what a broken pass reserved would crowd out the other model's
+            gc.collect()
+            torch.cuda.empty_cache()
     return results
 
 
@@ -257,10 +269,10 @@ def compiled_decoding(model: Any, context: int) -> Pass:
         model(random_tokens(1, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         def steps() -> None:
-            for _ in range(DECODE_STEPS):
+            for _ in range(COMPILED_STEPS):
                 forward(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-        return milliseconds(steps) / DECODE_STEPS
+        return milliseconds(steps) / COMPILED_STEPS
 
     run(model)  # compiles, and records the graph
     return run
@@ -271,11 +283,12 @@ def training(model: Any, checkpointing: bool) -> float:
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    time = milliseconds(lambda: model(ids, labels=ids, use_cache=False).loss.backward())
-    model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_disable()
-    model.eval()
-    return time
+    try:
+        return milliseconds(lambda: model(ids, labels=ids, use_cache=False).loss.backward())
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.gradient_checkpointing_disable()
+        model.eval()
 
 
 Row = tuple[str, str, Work, dict[str, Measurement]]
@@ -332,7 +345,7 @@ class Bench:
 
     def compiled(self) -> Iterator[Row]:
         context = self.arguments.context
-        work = self.shape.decode(1, context + DECODE_STEPS // 2)
+        work = self.shape.decode(1, context + COMPILED_STEPS // 2)
         for backend in self.arguments.backends:
             if "flash" in backend:  # reads all slots of a static cache, filled or not
                 continue
@@ -348,6 +361,10 @@ class Bench:
             yield backend, "batch 1", work, results
 
 
+def milliseconds_cell(time: float | None) -> str:
+    return "out of memory" if time is None else f"{time:.2f}"
+
+
 def table(rows: Iterator[Row], family: str, ceilings: Ceilings) -> None:
     """Prints rows as they come; memory in GiB."""
     name = NAMES[family]
@@ -359,14 +376,14 @@ def table(rows: Iterator[Row], family: str, ceilings: Ceilings) -> None:
         cells = [
             backend,
             what,
-            f"{llama.time:.2f}",
-            f"{own.time:.2f}",
-            f"{llama.time / own.time:.2f} x",
+            milliseconds_cell(llama.time),
+            milliseconds_cell(own.time),
+            f"{llama.time / own.time:.2f} x" if llama.time and own.time else "",
             f"{floor:.2f}",
-            f"{floor / own.time:.0%}",
+            f"{floor / own.time:.0%}" if own.time else "",
             f"{llama.peak / GIB:.2f}",
             f"{own.peak / GIB:.2f}",
-            f"{own.peak / llama.peak:.3f} x",
+            f"{own.peak / llama.peak:.3f} x" if llama.time and own.time else "",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
     print()

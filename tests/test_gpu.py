@@ -136,6 +136,24 @@ def test_logits(
     assert error(situation(in_dtype(model, backend, dtype), rows), expected) <= ALLOWANCE * eager
 
 
+Gradients = list[dict[str, torch.Tensor]]
+
+
+def gradients(model: Any, batches: list[Rows]) -> Gradients:
+    """Every parameter's gradient for every batch, right-padded."""
+    found = []
+    for rows in batches:
+        ids, mask = on_gpu(rows, "right")
+        model.train().zero_grad(set_to_none=True)
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    return found
+
+
+def pooled_error(actual: Gradients, expected: Gradients, name: str) -> float:
+    return error(torch.stack([each[name] for each in actual]), torch.stack([each[name] for each in expected]))
+
+
 @over_shapes
 @over_head_dims
 @over_dtypes
@@ -143,20 +161,19 @@ def test_logits(
 def test_gradients_of_every_parameter(
     family: Family, shape: dict[str, Any], head_dim: int, dtype: torch.dtype, backend: str
 ) -> None:
+    """Over several batches: from one alone, the errors of two backends differ by a quarter through chance, even
+    between kernels on a CPU, in the biases above all."""
     model = small(family, head_dim, **shape)
-    ids, mask = on_gpu(some_rows(70, 129, 200, 33), "right")
-    labels = ids.masked_fill(mask == 0, -100)
-
-    def gradients(of: Any) -> dict[str, torch.Tensor]:
-        of(ids, attention_mask=mask, labels=labels).loss.backward()
-        return {name: parameter.grad for name, parameter in of.named_parameters()}
-
-    expected = gradients(model.train())
-    eager = gradients(in_dtype(model, "eager", dtype).train())
-    actual = gradients(in_dtype(model, backend, dtype).train())
-    assert actual.keys() == expected.keys()
-    for name, reference in expected.items():
-        assert error(actual[name], reference) <= ALLOWANCE * error(eager[name], reference), name
+    batches = [[tokens(1, length, seed=100 * batch + length) for length in (70, 129, 33)] for batch in range(8)]
+    expected = gradients(model, batches)
+    eager = gradients(in_dtype(model, "eager", dtype), batches)
+    actual = gradients(in_dtype(model, backend, dtype), batches)
+    beyond = {
+        name: (found, limit)
+        for name in expected[0]
+        if (found := pooled_error(actual, expected, name)) > (limit := ALLOWANCE * pooled_error(eager, expected, name))
+    }
+    assert not beyond
 
 
 @over_families
