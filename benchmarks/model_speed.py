@@ -213,6 +213,14 @@ def parameter_bytes(model: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def attempt(run: Pass, model: Any) -> float | None:
+    """The milliseconds of a pass, or None where the memory does not suffice."""
+    try:
+        return run(model)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def measure(models: dict[str, Any], run: Pass, rounds: int) -> dict[str, Measurement]:
     """Alternates the models, after a round that warms up; a model that runs out of memory is left out from there."""
     results = {name: Measurement() for name in models}
@@ -221,19 +229,14 @@ def measure(models: dict[str, Any], run: Pass, rounds: int) -> dict[str, Measure
         for name, model in list(running.items()):
             held = torch.cuda.memory_allocated() - parameter_bytes(model)
             torch.cuda.reset_peak_memory_stats()
-            try:
-                time = run(model)
-            except torch.OutOfMemoryError:
+            time = attempt(run, model)
+            results[name].peak = max(results[name].peak, torch.cuda.max_memory_allocated() - held)
+            if time is None:
                 del running[name]
                 results[name].times.clear()
-                continue
-            finally:
-                results[name].peak = max(results[name].peak, torch.cuda.max_memory_allocated() - held)
-            if number:
+                torch.cuda.empty_cache()
+            elif number:
                 results[name].times.append(time)
-        if len(running) < len(models):  # what a broken pass reserved would crowd out the other model's
-            gc.collect()
-            torch.cuda.empty_cache()
     return results
 
 
