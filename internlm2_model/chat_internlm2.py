@@ -139,10 +139,16 @@ class _Question:
         """Generate to the end and return (response, new history)."""
         inputs = self.model.build_inputs(self.tokenizer, self.query, self.history, self.meta_instruction)
         start = inputs["input_ids"].shape[1]
-        settings = self._ends() | self.settings
-        settings["stopping_criteria"] = StoppingCriteriaList(
-            [_EndOfTurn(self.tokenizer, start), *settings.get("stopping_criteria", ()), *criteria]
-        )
+        end_of_turn = self._end_of_turn_ids()
+        spelled = [] if end_of_turn else [_EndOfTurn(self.tokenizer, start)]
+        settings = {
+            "eos_token_id": [self.tokenizer.eos_token_id, *end_of_turn],
+            "pad_token_id": self.tokenizer.pad_token_id,
+            **self.settings,
+            "stopping_criteria": StoppingCriteriaList(
+                [*self.settings.get("stopping_criteria", ()), *spelled, *criteria]
+            ),
+        }
         output = self.model.generate(**inputs, **settings, streamer=streamer)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # [1, start + new]
         ids = sequences[0, start:].tolist()
@@ -168,9 +174,9 @@ class _Question:
         thread.start()
         try:
             written, shown = "", ""
-            for piece in streamer:
+            for piece in streamer:  # whole words, hence never a part of the end-of-turn marker
                 written += piece
-                response = _without_end_of_turn(written)
+                response = written.partition(END_OF_TURN)[0]
                 if response != shown:
                     shown = response
                     yield self._turn(response)
@@ -184,22 +190,10 @@ class _Question:
     def _turn(self, response: str) -> tuple[str, list[Turn]]:
         return response, [*self.history, (self.query, response)]
 
-    def _ends(self) -> dict[str, Any]:
-        end_of_turn = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        is_token = end_of_turn is not None and end_of_turn != self.tokenizer.unk_token_id
-        return {
-            "eos_token_id": [self.tokenizer.eos_token_id, *([end_of_turn] if is_token else [])],
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-
-
-def _without_end_of_turn(text: str) -> str:
-    """Return an unfinished text up to the end-of-turn marker, or up to what may become one."""
-    before, marker, _ = text.partition(END_OF_TURN)
-    if marker:
-        return before
-    starts = (size for size in range(len(END_OF_TURN) - 1, 0, -1) if text.endswith(END_OF_TURN[:size]))
-    return text[: len(text) - next(starts, 0)]
+    def _end_of_turn_ids(self) -> list[int]:
+        """Return the id of the end-of-turn marker in a list, or an empty one if the tokenizer spells it out."""
+        index = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        return [index] if isinstance(index, int) and index != self.tokenizer.unk_token_id else []
 
 
 def _whole_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:

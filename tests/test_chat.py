@@ -157,6 +157,17 @@ def test_an_answer_ends_before_the_end_of_turn(either: Speaker, text: str) -> No
     assert history == [("q", "r")]
 
 
+def test_generation_stops_with_the_turn(either: Speaker) -> None:
+    steps: list[int] = []
+    script = either.answer("two and two")
+    either.model.chat(either.tokenizer, "q", max_new_tokens=60, **either.says(*script, 5, at_step=steps.append))
+    assert len(steps) == len(script)
+    del steps[:]
+    says = either.says(*script, 5, at_step=steps.append)
+    assert list(either.model.stream_chat(either.tokenizer, "q", max_new_tokens=60, **says))[-1][0] == "two and two"
+    assert len(steps) == len(script)
+
+
 def test_an_answer_ends_at_end_of_text_too(chatting: Speaker) -> None:
     script = [*chatting.ids("done"), chatting.tokenizer.eos_token_id, *chatting.ids("more")]
     assert chatting.model.chat(chatting.tokenizer, "q", max_new_tokens=20, **chatting.says(*script))[0] == "done"

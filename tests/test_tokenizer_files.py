@@ -185,6 +185,17 @@ def test_a_pair_of_texts_is_joined_the_same_way(pair: tuple[Any, Any]) -> None:
     assert slow.get_vocab() == fast.get_vocab()
 
 
+def test_the_fast_form_works_without_transformers(family: Family, chat_folder: Path) -> None:
+    """As servers in other languages load it."""
+    fast = tokenizers.Tokenizer.from_file(str(chat_folder / "tokenizer.json"))
+    token = {"internlm": "<eoa>", "internlm2": "<|im_end|>"}[str(family)]
+    encoding = fast.encode(f"a  b{token}\n")
+    assert encoding.tokens[0] == "<s>"
+    assert token in encoding.tokens
+    assert fast.decode(encoding.ids) == "a  b\n"
+    assert fast.decode(encoding.ids, skip_special_tokens=False) == f"<s>a  b{token}\n"
+
+
 def test_a_character_without_a_use_is_not_matched(tmp_path: Path) -> None:
     """SentencePiece sets the piece NUL of a model with bytes aside; the fast form must do the same."""
     path = train_tokenizer(tmp_path)

@@ -85,10 +85,7 @@ def _vocabulary_names(pieces: list[Piece], special: SpecialTokens) -> list[str]:
 
 
 def _merges(pieces: list[Piece]) -> list[str]:
-    """Return "left right" for every cut of every ordinary piece into two pieces, best score first, longest left first.
-
-    In a run of one character the leftmost symbols are the longest, so longest left first is SentencePiece's order.
-    """
+    """Return "left right" for every cut of every ordinary piece into two pieces, best score first."""
     mergeable = {piece.text for piece in pieces if piece.kind in (Kind.NORMAL, Kind.USER_DEFINED)}
     by_score = sorted((piece for piece in pieces if piece.kind is Kind.NORMAL), key=lambda piece: -piece.score)
     return [
