@@ -371,8 +371,11 @@ def milliseconds_cell(time: float | None) -> str:
 def table(rows: Iterator[Row], family: str, ceilings: Ceilings) -> None:
     """Prints rows as they come; memory in GiB."""
     name = NAMES[family]
-    print(f"| backend | | Llama ms | {name} ms | speed | floor ms | of floor | Llama GiB | {name} GiB | memory |")
-    print("| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |")
+    print(
+        f"| backend | | Llama ms | {name} ms | speed | TFLOP | GB | floor ms | floor / time "
+        f"| Llama GiB | {name} GiB | memory |"
+    )
+    print("| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |")
     for backend, what, work, results in rows:
         llama, own = results["llama"], results[family]
         floor = ceilings.floor(work)
@@ -382,6 +385,8 @@ def table(rows: Iterator[Row], family: str, ceilings: Ceilings) -> None:
             milliseconds_cell(llama.time),
             milliseconds_cell(own.time),
             f"{llama.time / own.time:.2f} x" if llama.time and own.time else "",
+            f"{work.flops / 1e12:.3g}",
+            f"{work.bytes / 1e9:.3g}",
             f"{floor:.2f}",
             f"{floor / own.time:.0%}" if own.time else "",
             f"{llama.peak / GIB:.2f}",
