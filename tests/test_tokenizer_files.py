@@ -420,15 +420,26 @@ def test_ends_of_generation() -> None:
 
 
 def test_chat_without_room_is_refused(spec: TokenizerSpec, model: Path) -> None:
-    with pytest.raises(ConversionError, match=r"belongs on id \d+, on the piece .+, but .+ has 500 pieces"):
+    with pytest.raises(
+        ConversionError, match=r"belongs on id \d+, on the user-defined piece .+, but .+ has 500 pieces"
+    ):
         Tokenizer.read(model).check_chat(spec)
 
 
 def test_chat_on_other_pieces_is_refused(spec: TokenizerSpec, model: Path) -> None:
-    for wrong in (300, 5):  # an ordinary piece, a byte
+    for wrong in (300, 50):  # an ordinary piece, a byte
         taken = replace(spec, chat_tokens=tuple(replace(token, id=wrong) for token in spec.chat_tokens))
-        with pytest.raises(ConversionError, match=r"has '.+' there; convert without --chat"):
+        with pytest.raises(ConversionError, match=r"has '.+' \((normal|byte)\) there; convert without --chat"):
             Tokenizer.read(model).check_chat(taken)
+
+
+def test_chat_on_pieces_that_text_may_contain_is_refused(spec: TokenizerSpec, tmp_path: Path) -> None:
+    """Right in name, but an ordinary piece: its id may have a meaning already."""
+    path = train_tokenizer(tmp_path)
+    append_pieces(path, (token.piece for token in spec.chat_tokens), NORMAL)
+    tokens = tuple(replace(token, id=320 + offset) for offset, token in enumerate(spec.chat_tokens))
+    with pytest.raises(ConversionError, match=r"convert without --chat"):
+        Tokenizer.read(path).check_chat(replace(spec, chat_tokens=tokens))
 
 
 # The real models

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .sentencepiece_model import Kind, SentencePieceModel
+from .sentencepiece_model import Kind, Piece, SentencePieceModel
 from .tokenizer_json import SpecialTokens, first_difference, obstacle, tokenizer_json
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -122,11 +122,16 @@ class Tokenizer:
             piece = self._model.pieces[token.id] if token.id < self.vocab_size else None
             free = piece is not None and piece.kind is Kind.USER_DEFINED and piece.text in (token.piece, token.content)
             if not free:
-                found = f"has {self.vocab_size} pieces" if piece is None else f"has {piece.text!r} there"
                 raise ConversionError(
-                    f"The chat token {token.content} belongs on id {token.id}, on the piece {token.piece}, but "
-                    f"{self._model.path} {found}; convert without --chat, or pass the tokenizer of the family."
+                    f"The chat token {token.content} belongs on id {token.id}, on the user-defined piece "
+                    f"{token.piece}, but {self._model.path} {self._has(piece)}; convert without --chat, or pass the "
+                    "tokenizer of the family."
                 )
+
+    def _has(self, piece: Piece | None) -> str:
+        if piece is None:
+            return f"has {self.vocab_size} pieces"
+        return f"has {piece.text!r} ({piece.kind.name.lower().replace('_', '-')}) there"
 
     def write(self, folder: Path, spec: TokenizerSpec, chat: bool) -> list[str]:
         """Write the tokenizer files into `folder`; return a warning for each file that had to be left out.
