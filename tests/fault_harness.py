@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,8 @@ class Child:
     def send(self, number: int) -> None:
         """Sends a signal; none where the child has ended."""
         if self._process.is_alive() and self._process.pid is not None:
-            os.kill(self._process.pid, number)
+            with suppress(ProcessLookupError):  # it may end just now
+                os.kill(self._process.pid, number)
 
     def end(self) -> Outcome:
         self._process.join(TIME_LIMIT)
@@ -185,7 +186,7 @@ class Child:
             raise AssertionError("the child hangs")
         errors = (self._report / "errors").read_text(errors="replace")
         tally = self._report / "operations"
-        self.operations = int(tally.read_text()) if tally.exists() else 0
+        self.operations = int(tally.read_text()) if self._process.exitcode == 0 else 0
         self._folder.cleanup()
         return Outcome(self._process.exitcode, errors)
 
