@@ -149,7 +149,7 @@ class _Question:
                 [*self.settings.get("stopping_criteria", ()), *spelled, *criteria]
             ),
         }
-        output = self.model.generate(**inputs, **settings, streamer=streamer)
+        output = self.model.generate(**inputs, **settings, tokenizer=self.tokenizer, streamer=streamer)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences  # [1, start + new]
         ids = sequences[0, start:].tolist()
         text = self.tokenizer.decode(ids[: _whole_characters(self.tokenizer, ids)], skip_special_tokens=True)

@@ -281,6 +281,12 @@ def test_arguments_of_generate_are_passed_on(either: Speaker) -> None:
     assert output[0] == "oo"
 
 
+def test_an_answer_stops_after_a_text_of_the_caller(chatting: Speaker) -> None:
+    said = chatting.says(*chatting.answer("one and two and three"))
+    response, _ = chatting.model.chat(chatting.tokenizer, "count", stop_strings=["two"], **said)
+    assert response == "one and two"
+
+
 def test_a_streamer_of_the_caller_gets_the_answer(chatting: Speaker, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import TextStreamer
 
