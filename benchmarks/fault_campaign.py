@@ -177,8 +177,8 @@ def report(lines: list[Line], arguments: argparse.Namespace) -> str:
             *(line.row() for line in lines),
             "",
             "- refused: exit status 1, one sentence, nothing written and nothing left beside the target",
-            "- exact: everything written is as without the damage, to the byte (the change was in padding, in fields that "
-            "nobody reads, or cut off a last line break)",
+            "- exact: everything written is as without the damage, to the byte (the change was in padding, in fields "
+            "that nobody reads, or cut off a last line break)",
             "- setting: all weights are exact; a value in config.json that nothing else confirms was changed (epsilon, "
             "rotary base, the number of InternLM's heads, ...), and model_config.pt has it as changed",
             "- pieces: all but the tokenizer is exact; a changed tokenizer.model that still is a SentencePiece model "
