@@ -83,6 +83,28 @@ def test_a_folder_stands_for_its_tokenizer_model(model: Path) -> None:
     assert Tokenizer.read(model.parent).vocab_size == Tokenizer.read(model).vocab_size == 500
 
 
+def test_added_tokens_of_a_folder_are_told(family: Family, spec: TokenizerSpec, model: Path, tmp_path: Path) -> None:
+    """Only the SentencePiece model is carried over; adding the tokens again gives the ids that they had."""
+    tokenizer = family.cls("Tokenizer").from_pretrained(written(model, tmp_path / "base", spec))
+    tokenizer.add_tokens(["<b>", "<a>"])
+    tokenizer.save_pretrained(tmp_path / "added")
+    (tmp_path / "new").mkdir()
+    (warning,) = Tokenizer.read(tmp_path / "added").write(tmp_path / "new", spec, chat=False)
+    assert f"that {tmp_path / 'added'} adds" in warning
+    assert "<b>, <a>." in warning
+    again = family.cls("Tokenizer").from_pretrained(tmp_path / "new")
+    again.add_tokens(["<b>", "<a>"])
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"added_tokens_decoder": {"x": {}}}', b"\xff"])
+def test_an_unreadable_tokenizer_config_is_named(model: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ConversionError, match="is not the JSON of a tokenizer"):
+        Tokenizer.read(tmp_path)
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.model", tmp_path):
         with pytest.raises(ConversionError, match=r"does not exist; pass the SentencePiece model"):

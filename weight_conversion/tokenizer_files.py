@@ -13,6 +13,7 @@ the ids wrong. Without one, each version takes the slow class or tokenizer.json,
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .errors import ConversionError
 from .sentencepiece_model import Kind, Piece, SentencePieceModel
 from .tokenizer_json import SpecialTokens, first_difference, obstacle, tokenizer_json
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 _NO_LIMIT = int(1e30)  # transformers' way to say that the tokenizer sets no length
 
@@ -91,16 +93,18 @@ INTERNLM2_TOKENIZER = TokenizerSpec(
 class Tokenizer:
     """A SentencePiece model whose files can be written into a Hugging Face folder."""
 
-    def __init__(self, model: SentencePieceModel) -> None:
+    def __init__(self, model: SentencePieceModel, left_out: Sequence[str] = ()) -> None:
         self._model = model
+        self._left_out = left_out
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
         """Read a SentencePiece model, or the `tokenizer.model` in a folder.
 
         Raises:
-            ConversionError: there is no such file, it is no SentencePiece model, or ids 0, 1, 2 are not the
-                `<unk>`, `<s>`, `</s>` that the model configurations of both families count on.
+            ConversionError: there is no such file, it is no SentencePiece model, ids 0, 1, 2 are not the
+                `<unk>`, `<s>`, `</s>` that the model configurations of both families count on, or a
+                tokenizer_config.json in the folder cannot be read.
         """
         model = SentencePieceModel.read(path)
         found = tuple(piece.text for piece in model.pieces[:3])
@@ -109,7 +113,7 @@ class Tokenizer:
                 f"{model.path} has {', '.join(found)} at ids 0, 1, 2; "
                 f"InternLM and InternLM2 tokenizers have {UNK}, {BOS}, {EOS} there."
             )
-        return cls(model)
+        return cls(model, _tokens_beyond(path / TOKENIZER_CONFIG, len(model.pieces)) if path.is_dir() else ())
 
     @property
     def vocab_size(self) -> int:
@@ -134,26 +138,33 @@ class Tokenizer:
         return f"has {piece.text!r} ({piece.kind.name.lower().replace('_', '-')}) there"
 
     def write(self, folder: Path, spec: TokenizerSpec, chat: bool) -> list[str]:
-        """Write the tokenizer files into `folder`; return a warning for each file that had to be left out.
+        """Write the tokenizer files into `folder`; return a warning of everything that had to be left out.
 
         `check_chat` must have passed if `chat`.
         """
         special = self._special_tokens(spec, chat)
         (folder / "tokenizer.model").write_bytes(self._model.data)
         _write_json(folder / "special_tokens_map.json", _special_tokens_map(spec, chat))
-        _write_json(folder / "tokenizer_config.json", self._config(spec, chat))
+        _write_json(folder / TOKENIZER_CONFIG, self._config(spec, chat))
         if chat:
             (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+        warnings = []
+        if self._left_out:
+            warnings.append(
+                f"the tokens that {self._model.path.parent} adds to its tokenizer.model were left out: "
+                f"{', '.join(self._left_out)}. Add them to the new tokenizer with add_tokens, in this order."
+            )
         reason = obstacle(self._model)
         if reason is None:
             text = tokenizer_json(self._model, special)
             reason = first_difference(text, self._model, special)
         if reason is None:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-            return []
+            return warnings
         return [
+            *warnings,
             f"tokenizer.json was left out, because {reason}; "
-            "the tokenizer then needs trust_remote_code=True and is the slow one."
+            "the tokenizer then needs trust_remote_code=True and is the slow one.",
         ]
 
     def _special_tokens(self, spec: TokenizerSpec, chat: bool) -> SpecialTokens:
@@ -186,6 +197,21 @@ class Tokenizer:
         if chat:
             config["chat_template"] = spec.chat_template
         return dict(sorted(config.items()))
+
+
+def _tokens_beyond(config: Path, size: int) -> list[str]:
+    """Return, in the order of their ids, the tokens that a tokenizer_config.json adds after `size` pieces."""
+    if not config.is_file():
+        return []
+    try:
+        added = json.loads(config.read_bytes()).get("added_tokens_decoder", {})
+        beyond = {int(index): str(token["content"]) for index, token in added.items() if int(index) >= size}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise ConversionError(
+            f"{config} is not the JSON of a tokenizer ({type(error).__name__}: {error}); "
+            "pass the tokenizer.model beside it instead of the folder."
+        ) from error
+    return [beyond[index] for index in sorted(beyond)]
 
 
 def _special_tokens_map(spec: TokenizerSpec, chat: bool) -> dict[str, Any]:
