@@ -4,7 +4,8 @@
     PYTHONPATH=.:.compat/4.57.6 python benchmarks/tokenizer_speed.py tokenizer.model
 
 The text is generated: English and Chinese sentences, code, numbers and emoji, in documents of a few kilobytes. The
-documents are encoded one by one, in one thread; a figure is the median of the runs, with the slowest and the fastest.
+documents are encoded one by one, in one thread; a figure is the median of the runs, with the slowest and the fastest,
+in seconds of processor time, which other programs on the machine disturb little.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ def llama_tokenizer(model: Path, tokenizer_json: Path) -> Any:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def rate(tokens: int, taken: list[float]) -> str:
