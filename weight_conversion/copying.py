@@ -18,11 +18,12 @@ import errno
 import math
 import os
 import queue
+import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -70,7 +71,7 @@ class Copier:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._stop = threading.Event()
+        self._stop = _Stop()
 
     def gather(self, tasks: Sequence[Task]) -> None:
         """Writes every full tensor from its parts."""
@@ -94,6 +95,7 @@ class Copier:
         ordered = sorted(tasks, key=lambda task: -sum(move.full.nbytes for move in task))
         workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         with ExitStack() as stack:
+            stack.enter_context(_interrupts_between_blocks(self._stop))
             files = stack.enter_context(_Files(writable))
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -114,13 +116,49 @@ class Copier:
                     future.result()
                 return [future.result() for future in futures]
             except BaseException:
-                self._stop.set()
+                self._stop.asked = True
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
 class _StoppedError(Exception):
     """Another worker failed or the user interrupted."""
+
+
+@dataclass
+class _Stop:
+    """Whether the workers are to end at their next block."""
+
+    asked: bool = False
+
+
+@contextmanager
+def _interrupts_between_blocks(stop: _Stop) -> Iterator[None]:
+    """SIGINT asks the workers to end; KeyboardInterrupt is raised when they have.
+
+    Raised at once it can strike the main thread within a lock's own Python code: the lock stays held, a worker waits
+    for it, and the program hangs. Where somebody else handles the signal, that stays so.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interrupted = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = stop.asked = True
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    except _StoppedError:
+        if not interrupted:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 class _Files:
@@ -297,7 +335,7 @@ class _Worker:
 
     files: _Files
     progress: Progress
-    stop: threading.Event
+    stop: _Stop
     block: _Buffer = field(default_factory=_Buffer)
     scratch: _Buffer = field(default_factory=_Buffer)
 
@@ -307,7 +345,7 @@ class _Worker:
     def advance(self, count: int) -> None:
         """Reports bytes of the full tensors done; raises _StoppedError when there is no use in going on."""
         self.progress(count)
-        if self.stop.is_set():
+        if self.stop.asked:
             raise _StoppedError
 
     def read_part(self, run: _Run, target: torch.Tensor, begin: int) -> None:
