@@ -34,7 +34,7 @@ TINY = {
     "internlm": Shape(hidden=16, layers=2, heads=4, kv_heads=4, vocab=128),
     "internlm2": Shape(hidden=16, layers=2, heads=4, kv_heads=2, vocab=128),
 }
-TIME_LIMIT = 60
+TIME_LIMIT = 120
 
 
 def train_quick_tokenizer(path: Path) -> Path:
