@@ -387,6 +387,12 @@ def test_a_checkpoint_of_the_other_family_is_refused(script: str, bases: dict[st
 # -------------------------------------------------------------------------------------------------------- tokenizers
 
 
+def piece_of(message: bytes) -> bytes:
+    """A model of <unk> and one more piece, whose protobuf message is given."""
+    unknown = b"\x0a\x05<unk>\x15" + bytes(4) + b"\x18\x02"
+    return b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in (unknown, message))
+
+
 def tokenizer(content: bytes) -> Change:
     return lambda place: place.tokenizer.write_bytes(content)
 
@@ -400,11 +406,17 @@ def tokenizer(content: bytes) -> Change:
         (tokenizer(b'{"model": {}}'), ["not a SentencePiece model"]),
         (tokenizer(bytes(range(256)) * 8), ["not a SentencePiece model"]),
         (lambda place: os.truncate(place.tokenizer, place.tokenizer.stat().st_size // 2), ["tokenizer.model"]),
+        (lambda place: place.tokenizer.write_bytes(piece_of(b"\x0a\x02\xff\xfe")), ["not a SentencePiece model"]),
+        (lambda place: place.tokenizer.write_bytes(piece_of(b"\x08\x01")), ["not a SentencePiece model"]),
+        (lambda place: place.tokenizer.write_bytes(piece_of(b"\x0a\x01a\x18\x63")), ["not a SentencePiece model"]),
         (lambda place: place.tokenizer.unlink(), ["does not exist"]),
         (lambda place: (place.tokenizer.unlink(), place.tokenizer.mkdir()), ["does not exist"]),
         (link("tokenizer.model", "tokenizer.model"), ["does not exist"]),
     ],
-    ids=["too large", "empty", "text", "JSON", "bytes", "cut", "missing", "empty folder", "link to itself"],
+    ids=[
+        *("too large", "empty", "text", "JSON", "bytes", "cut", "no UTF-8", "a number for a text", "no kind"),
+        *("missing", "empty folder", "link to itself"),
+    ],
 )
 def test_a_bad_tokenizer_is_refused(change: Change, words: list[str], place: Place) -> None:
     change(place)

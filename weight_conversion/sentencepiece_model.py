@@ -70,17 +70,17 @@ class SentencePieceModel:
         try:
             processor.LoadFromSerializedProto(data)
             message = list(_fields(data))
-        except (RuntimeError, ValueError, IndexError) as error:
+            pieces = _pieces(message, processor)
+            trainer, normalizer = _group(message, _TRAINER), _group(message, _NORMALIZER)
+        except Exception as error:  # a damaged model raises many kinds of errors
             raise ConversionError(
                 f"{path} is not a SentencePiece model ({len(data)} bytes); "
                 "pass the tokenizer.model that the training data was tokenized with."
             ) from error
-        trainer = _group(message, _TRAINER)
-        normalizer = _group(message, _NORMALIZER)
         return cls(
             path=path,
             data=data,
-            pieces=_pieces(message, processor),
+            pieces=pieces,
             processor=processor,
             is_bpe=trainer.get(_MODEL_TYPE) == _BPE,
             keeps_text=(
