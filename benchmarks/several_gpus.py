@@ -1,0 +1,168 @@
+"""How the models run on two GPUs: device_map="auto" and tp_plan="auto" beside one GPU.
+
+    python benchmarks/several_gpus.py                                 # both families, about 5 minutes
+    python benchmarks/several_gpus.py --families internlm2 --layers 4 # a trial
+
+Needs two CUDA GPUs, torch, transformers and accelerate; FlashAttention is used where flash-attn is installed. It saves
+a model of the 7B shape with random weights, and loads it in float16 in three processes, one after the other:
+
+    one GPU       device_map={"": 0}
+    device_map    device_map="auto", with a limit for each GPU that spreads the layers over both: one works at a time
+    tp_plan       torchrun --nproc-per-node 2, tp_plan="auto", NCCL: every GPU holds half of every layer
+
+Each gives the logits of a prompt and greedy tokens, which are compared with one GPU's, and times of prefilling and of
+decoding with a dynamic cache (medians after a round that warms up). The floor is one GPU's, from the bytes and
+operations counted in `model_speed.py`; two GPUs that share every layer could reach half of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from model_speed import DECODE_STEPS, NAMES, SHAPES, Ceilings, Shape, Work, build, decode, prefill, random_tokens
+from transformers.utils import is_flash_attn_2_available
+
+from internlm2_model import InternLM2ForCausalLM
+from internlm_model import InternLMForCausalLM
+
+MODELS: dict[str, Any] = {"internlm": InternLMForCausalLM, "internlm2": InternLM2ForCausalLM}
+WAYS = ("one GPU", "device_map", "tp_plan")
+LENGTHS, BATCHES, CONTEXT = (2048, 8192), (1, 8, 32), 512
+PROMPT, NEW_TOKENS = 256, 32
+
+
+def load(family: str, folder: str, way: str, backend: str) -> Any:
+    arguments: dict[str, Any] = {"torch_dtype": torch.float16, "attn_implementation": backend}
+    if way == "tp_plan":
+        arguments["tp_plan"] = "auto"
+    elif way == "device_map":
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        arguments.update(device_map="auto", max_memory={0: int(0.6 * size), 1: size})
+    else:
+        arguments["device_map"] = {"": 0}
+    return MODELS[family].from_pretrained(folder, **arguments).eval()
+
+
+def split_layers(model: Any) -> int:
+    """Layers whose parameters lie on more than one device."""
+    return sum(len({parameter.device for parameter in layer.parameters()}) > 1 for layer in model.model.layers)
+
+
+def passes(shape: Shape) -> dict[str, tuple[Any, Work]]:
+    """What is timed, and its work."""
+    prefills = {f"prefill {n}": (partial(prefill, tokens=n), shape.prefill(n)) for n in LENGTHS}
+    decodes = {
+        f"decode, batch {n}": (partial(decode, batch=n, context=CONTEXT), shape.decode(n, CONTEXT + DECODE_STEPS // 2))
+        for n in BATCHES
+    }
+    return {**prefills, **decodes}
+
+
+@torch.no_grad()
+def work(arguments: argparse.Namespace) -> None:
+    """One way of running the model; process 0 writes what came out."""
+    if arguments.way == "tp_plan":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    family = arguments.families[0]
+    model = load(family, arguments.folder, arguments.way, arguments.backend)
+    ids = random_tokens(1, PROMPT)
+    logits = model(ids).logits
+    generated = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    times = {}
+    for name, (run, _) in passes(arguments.shape).items():
+        times[name] = statistics.median([run(model) for _ in range(arguments.rounds + 1)][1:])
+    if arguments.way != "tp_plan" or dist.get_rank() == 0:
+        placed = Counter(str(parameter.device) for parameter in model.parameters())
+        said = {"times": times, "split": split_layers(model), "placed": placed}
+        said["peak"] = [torch.cuda.max_memory_allocated(device) / 2**30 for device in range(torch.cuda.device_count())]
+        (Path(arguments.out) / "said.json").write_text(json.dumps(said))
+        torch.save((logits.float().cpu(), generated.cpu()), Path(arguments.out) / "tensors.pt")
+    if arguments.way == "tp_plan":
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_way(way: str, family: str, folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """What a process says, and its logits and tokens."""
+    out = folder / way.replace(" ", "_")
+    out.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if way == "tp_plan" else []
+    command = [sys.executable, *launcher, __file__, "--families", family, "--rounds", str(arguments.rounds)]
+    command += ["--backend", arguments.backend, "--way", way, "--folder", str(folder / "model"), "--out", str(out)]
+    if arguments.layers:
+        command += ["--layers", str(arguments.layers)]
+    subprocess.run(command, check=True)
+    return json.loads((out / "said.json").read_text()), torch.load(out / "tensors.pt")
+
+
+def compare(family: str, arguments: argparse.Namespace, ceilings: Ceilings) -> None:
+    """Prints the tables of a family."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        folder = Path(temporary)
+        model = build(family, arguments.shape)
+        model.save_pretrained(folder / "model")
+        del model
+        torch.cuda.empty_cache()
+        results = {way: run_way(way, family, folder, arguments) for way in WAYS}
+    logits, generated = results["one GPU"][1]
+    print(f"### {NAMES[family]}, {arguments.backend}, {arguments.shape}\n")
+    print("| way | parameters on | layers split | error of logits | same greedy tokens | peak GiB |")
+    print("| --- | --- | --: | --: | --: | --- |")
+    for way, (said, (found, tokens)) in results.items():
+        error = ((found - logits).double().norm() / logits.double().norm()).item()
+        placed = ", ".join(f"{device}: {count}" for device, count in said["placed"].items())
+        same = int((tokens == generated)[:, PROMPT:].sum())
+        peak = ", ".join(f"{value:.2f}" for value in said["peak"])
+        print(f"| {way} | {placed} | {said['split']} | {error:.2e} | {same} of {NEW_TOKENS} | {peak} |")
+    print("\n| ms | floor of one | " + " | ".join(WAYS) + " | tp_plan, speed |\n| --- " + "| --: " * 5 + "|")
+    for name, (_, amount) in passes(arguments.shape).items():
+        times = [results[way][0]["times"][name] for way in WAYS]
+        cells = " | ".join(f"{time:.2f}" for time in (ceilings.floor(amount), *times))
+        print(f"| {name} | {cells} | {times[0] / times[2]:.2f} x |")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, help="fewer layers than the real shape, for a trial")
+    parser.add_argument("--backend", default="flash_attention_2" if is_flash_attn_2_available() else "sdpa")
+    parser.add_argument("--folder", help="where the checkpoint is made: 16 GB")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # of a process that this program starts
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if torch.cuda.device_count() < 2:
+        raise SystemExit(f"This benchmark needs two CUDA GPUs, and torch sees {torch.cuda.device_count()}.")
+    transformers.logging.set_verbosity_error()
+    if arguments.way:
+        shape = SHAPES[arguments.families[0]]
+        arguments.shape = replace(shape, layers=arguments.layers or shape.layers)
+        work(arguments)
+        return
+    ceilings = Ceilings()
+    print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"copy {ceilings.bytes_per_second / 1e9:.0f} GB/s, product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s\n")
+    torch.cuda.empty_cache()
+    for family in arguments.families:
+        arguments.shape = replace(SHAPES[family], layers=arguments.layers or SHAPES[family].layers)
+        compare(family, arguments, ceilings)
+
+
+if __name__ == "__main__":
+    main()
