@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.distributed import DistributedConfig
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.masking_utils import create_causal_mask
 
@@ -15,6 +16,7 @@ GATHERED_COLUMNS = "colwise_gather_output" if "colwise_gather_output" in ALL_PAR
 
 _UPDATE_PARAMETERS = inspect.signature(Cache.update).parameters
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+_DISTRIBUTED_PARAMETERS = inspect.signature(DistributedConfig).parameters
 
 
 def causal_mask(
@@ -58,3 +60,15 @@ def _new_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> to
     """Slots [T] of the new tokens, counted from the first token in the cache."""
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+
+
+def with_tensor_parallelism(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained`, with tensor parallelism asked for in the way of this version.
+
+    5.17 and later want `tp_plan` and `tp_size` in a DistributedConfig, and are to stop taking them as they are.
+    """
+    wanted = {name: arguments[name] for name in ("tp_plan", "tp_size") if arguments.get(name) is not None}
+    if not wanted or "tp_plan" not in _DISTRIBUTED_PARAMETERS or arguments.get("distributed_config") is not None:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name not in ("tp_plan", "tp_size")}
+    return {**others, "distributed_config": DistributedConfig(**wanted)}

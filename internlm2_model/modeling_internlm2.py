@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm2 import ChatMixin
-from .compat_internlm2 import GATHERED_COLUMNS, cache_slots, causal_mask
+from .compat_internlm2 import GATHERED_COLUMNS, cache_slots, causal_mask, with_tensor_parallelism
 from .configuration_internlm2 import InternLM2Config
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -255,7 +255,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
         through_auto = getattr(kwargs.get("config"), "_requested_dtype", None)
         given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None), through_auto)
         kwargs["dtype"] = next((dtype for dtype in given if dtype is not None), torch.float32)
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **with_tensor_parallelism(kwargs))
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config._requested_dtype = None
         if model.config.num_key_value_heads % (model.tp_size or 1):

@@ -1,4 +1,4 @@
-"""On a CUDA GPU: every backend beside a float32 reference, and the documented ways to load a model.
+"""On CUDA GPUs: every backend beside a float32 reference, and the documented ways to load a model, on one and on two.
 
 The reference of a batch is each of its rows alone, in float32 with eager attention. A backend in bfloat16 or float16
 may miss it by no more than 1.2 times what eager attention in the same dtype does.
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import INTERNLM, INTERNLM2, Family, padded, tokens
+from test_model_parallel import torchrun
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
@@ -21,11 +22,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 HEADS, LAYERS, VOCAB = 4, 4, 320
 ALLOWANCE = 1.2
+LOSS_SCALE = 1024
 
 Rows = list[torch.Tensor]
 Situation = Callable[[Any, Rows], torch.Tensor]
 
 needs_flash = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 over_backends = pytest.mark.parametrize("backend", ["sdpa", pytest.param("flash_attention_2", marks=needs_flash)])
 over_families = pytest.mark.parametrize("family", [INTERNLM, INTERNLM2], ids=str)
 over_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -140,13 +143,18 @@ Gradients = list[dict[str, torch.Tensor]]
 
 
 def gradients(model: Any, batches: list[Rows]) -> Gradients:
-    """Every parameter's gradient for every batch, right-padded."""
+    """Every parameter's gradient for every batch, right-padded.
+
+    The loss is scaled up meanwhile, as training in float16 does: without, the gradients of attention scores are too
+    small for a float16 and what is compared is how a kernel loses them.
+    """
     found = []
     for rows in batches:
         ids, mask = on_gpu(rows, "right")
         model.train().zero_grad(set_to_none=True)
-        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
-        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        (LOSS_SCALE * loss).backward()
+        found.append({name: parameter.grad.double() / LOSS_SCALE for name, parameter in model.named_parameters()})
     return found
 
 
@@ -273,6 +281,44 @@ def test_a_gpu_with_too_little_memory_offloads_whole_layers(family: Family, fold
     assert torch.equal(model(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits)
     continued = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(ids, **continued), whole.generate(ids, **continued))
+
+
+# -- two GPUs --------------------------------------------------------------------------------------------------------
+
+
+@needs_two
+@over_families
+@over_backends
+@torch.no_grad()
+def test_device_map_spreads_whole_layers_over_two_gpus(family: Family, folder: Path, backend: str) -> None:
+    arguments = {"torch_dtype": torch.float16, "attn_implementation": backend}
+    whole = load(folder, **arguments).cuda()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
+    model = load(folder, device_map="auto", max_memory={0: int(0.6 * size), 1: "4GiB"}, **arguments)
+    assert {str(device) for device in model.hf_device_map.values()} == {"0", "1"}
+    for layer in model.model.layers:
+        assert len({parameter.device for parameter in layer.parameters()}) == 1
+    ids, mask = on_gpu(some_rows(50, 33), "left")
+    assert torch.equal(model(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits)
+    continued = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **continued), whole.generate(ids, **continued))
+
+
+@needs_two
+@over_families
+@torch.no_grad()
+def test_tensor_parallelism_over_two_gpus(family: Family, tmp_path: Path) -> None:
+    """Two processes, NCCL: what one GPU computes, in float32."""
+    model = family.model("dynamic")
+    model.save_pretrained(tmp_path / "folder")
+    run = torchrun(family, tmp_path / "folder", tmp_path / "out.pt", gpus="0,1")
+    assert run.returncode == 0, run.stderr
+    result = torch.load(tmp_path / "out.pt", map_location="cuda")
+    assert result["backend"] == "nccl"
+    model, ids = model.cuda(), tokens(2, 40).cuda()
+    torch.testing.assert_close(result["logits"], model(ids).logits, atol=1e-4, rtol=1e-4)
+    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(result["generated"], generated)
 
 
 @over_families

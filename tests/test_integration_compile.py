@@ -41,6 +41,26 @@ def test_generate_with_a_static_cache_compiles_its_steps(family: Family, rope: s
 
 
 @over_families
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@torch.no_grad()
+def test_compiled_projections_keep_their_biases(family: Family, autocast: bool) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = family.cls("ForCausalLM")(family.config(bias=True, num_hidden_layers=1)).eval()
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    for bias in biases:
+        torch.nn.init.normal_(bias)
+    assert biases
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ids in (tokens(1, 1), tokens(2, 9)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            actual, expected = compiled(ids).logits, model(ids).logits
+        assert actual.dtype == expected.dtype
+        limit = 0.1 if autocast else 1e-4
+        torch.testing.assert_close(actual, expected, atol=limit, rtol=limit)
+
+
+@over_families
 @over_ropes
 @torch.no_grad()
 def test_an_exported_program_takes_any_batch_and_length(family: Family, rope: str, tmp_path: Path) -> None:
