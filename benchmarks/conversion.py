@@ -8,8 +8,11 @@ Makes an InternEvo checkpoint of a real shape with random weights, then alternat
     convert    convert2hf, same type                            revert    back, same tensor-parallel size
     cast       convert2hf to another 16-bit type                plain     torch.load all, merge, save_pretrained-like
 
-Every command is followed by `sync`, and its time counts, so that nobody's bytes are still only in memory. The floor is
-one read and one write of the bytes; beyond start-up, a run's ratio to `cp` says how close it comes. Medians are printed
+Every command is followed by `sync`, and its time counts, so that nobody's bytes are still only in memory. Before each,
+free memory is filled with cached pages, as on a machine that has run for a while, and the command's source is read
+once. Without that, memory that a virtual machine has given back to its host must be got again page by page, which can
+triple the time of any command, `cp` included, and hits whichever runs a few seconds after a deletion. The floor is one
+read and one write of the bytes; beyond start-up, a run's ratio to `cp` says how close it comes. Medians are printed
 with the range, and the peak of anonymous and of all resident memory, sampled from /proc while the command runs.
 """
 
@@ -113,6 +116,17 @@ class Series:
     resident: int = 0
 
 
+def settle(work: Path, source: Path) -> None:
+    """Fills free memory with cached pages, the last ones read being the source's."""
+    ballast = work / "ballast"
+    with ballast.open("ab") as file:  # a hole: its pages take memory and no disk
+        file.truncate(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in (ballast, *sorted(source.iterdir())):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
+
+
 def measure(command: list[str], series: Series) -> None:
     """Runs a command and `sync`; adds its times and memory."""
     before = os.times()
@@ -191,7 +205,7 @@ def main() -> None:
     nbytes = sum(path.stat().st_size for path in source.glob("model_tp*.pt"))
 
     python, family = sys.executable, preset.family
-    hf, back, copy = work / "hf", work / "back", work / "copy"
+    hf, back, copy, plain = (work / name for name in ("hf", "back", "copy", "plain"))
     other = "float16" if arguments.dtype == "bfloat16" else "bfloat16"
 
     def convert(dtype: str) -> list[str]:
@@ -209,28 +223,31 @@ def main() -> None:
 
     revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
     imports = "import weight_conversion.{0}, weight_conversion.families, weight_conversion.reporting"
-    commands: dict[str, tuple[list[str], Path]] = {
-        "start-up": ([python, "-c", imports.format("convert")], work / "nothing"),
-        "cp": (["cp", "-r", str(source), str(copy)], copy),
-        "cast": (convert(other), hf),
-        "convert": (convert(arguments.dtype), hf),
-        "revert": ([*revert, "--embed_split"], back),
+    # A command, what it reads, and what it writes.
+    commands: dict[str, tuple[list[str], Path, Path]] = {
+        "start-up": ([python, "-c", imports.format("convert")], source, work / "nothing"),
+        "cp": (["cp", "-r", str(source), str(copy)], source, copy),
+        "cast": (convert(other), source, hf),
+        "convert": (convert(arguments.dtype), source, hf),
+        "revert": ([*revert, "--embed_split"], hf, back),
     }
     if arguments.plain:
         sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
-        commands["plain"] = ([python, "-c", PLAIN, str(source), str(work / "plain"), *sizes], work / "plain")
+        commands["plain"] = ([python, "-c", PLAIN, str(source), str(plain), *sizes], source, plain)
     if arguments.only:
         commands = {name: value for name, value in commands.items() if name in ("start-up", "cp", *arguments.only)}
 
     series = {name: Series() for name in commands}
     for _ in range(arguments.runs):
-        for name, (command, output) in commands.items():
+        for name, (command, read, output) in commands.items():
             shutil.rmtree(output, ignore_errors=True)
             os.sync()
+            settle(work, read)
             measure(command, series[name])
             if name not in ("convert", "start-up"):  # what was converted is reverted next
                 shutil.rmtree(output)
     shutil.rmtree(hf)
+    (work / "ballast").unlink()
     _print(arguments, nbytes, series)
 
 
