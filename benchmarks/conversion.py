@@ -9,8 +9,8 @@ Makes an InternEvo checkpoint of a real shape with random weights, then alternat
     cast       convert2hf to another 16-bit type                plain     torch.load all, merge, save_pretrained-like
 
 Every command is followed by `sync`, and its time counts, so that nobody's bytes are still only in memory. Before each,
-free memory is filled with cached pages, as on a machine that has run for a while, and the command's source is read
-once. Without that, memory that a virtual machine has given back to its host must be got again page by page, which can
+free memory is filled with cached pages, as on a machine that has run for a while, and the command's source is read.
+Without that, memory that a virtual machine has given back to its host must be got again page by page, which can
 triple the time of any command, `cp` included, and hits whichever runs a few seconds after a deletion. The floor is one
 read and one write of the bytes; beyond start-up, a run's ratio to `cp` says how close it comes. Medians are printed
 with the range, and the peak of anonymous and of all resident memory, sampled from /proc while the command runs.
@@ -117,11 +117,11 @@ class Series:
 
 
 def settle(work: Path, source: Path) -> None:
-    """Fills free memory with cached pages, the last ones read being the source's."""
+    """Fills free memory with cached pages, then reads the source: twice, or the kernel gives up its pages first."""
     ballast = work / "ballast"
     with ballast.open("ab") as file:  # a hole: its pages take memory and no disk
         file.truncate(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for path in (ballast, *sorted(source.iterdir())):
+    for path in (ballast, *2 * sorted(source.iterdir())):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
@@ -235,7 +235,8 @@ def main() -> None:
         sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
         commands["plain"] = ([python, "-c", PLAIN, str(source), str(plain), *sizes], source, plain)
     if arguments.only:
-        commands = {name: value for name, value in commands.items() if name in ("start-up", "cp", *arguments.only)}
+        chosen = {"start-up", "cp", *arguments.only, *(["convert"] if "revert" in arguments.only else [])}
+        commands = {name: value for name, value in commands.items() if name in chosen}
 
     series = {name: Series() for name in commands}
     for _ in range(arguments.runs):
@@ -246,7 +247,7 @@ def main() -> None:
             measure(command, series[name])
             if name not in ("convert", "start-up"):  # what was converted is reverted next
                 shutil.rmtree(output)
-    shutil.rmtree(hf)
+    shutil.rmtree(hf, ignore_errors=True)
     (work / "ballast").unlink()
     _print(arguments, nbytes, series)
 

@@ -86,10 +86,14 @@ def work(arguments: argparse.Namespace) -> None:
     times = {}
     for name, (run, _) in passes(arguments.shape).items():
         times[name] = statistics.median([run(model) for _ in range(arguments.rounds + 1)][1:])
+    peaks = [torch.cuda.max_memory_allocated(device) / 2**30 for device in range(torch.cuda.device_count())]
+    if arguments.way == "tp_plan":  # each process sees its own memory alone
+        everybodys: list[list[float]] = [[] for _ in peaks]
+        dist.all_gather_object(everybodys, peaks)
+        peaks = [peak[rank] for rank, peak in enumerate(everybodys)]
     if arguments.way != "tp_plan" or dist.get_rank() == 0:
         placed = Counter(str(parameter.device) for parameter in model.parameters())
-        said = {"times": times, "split": split_layers(model), "placed": placed}
-        said["peak"] = [torch.cuda.max_memory_allocated(device) / 2**30 for device in range(torch.cuda.device_count())]
+        said = {"times": times, "split": split_layers(model), "placed": placed, "peak": peaks}
         (Path(arguments.out) / "said.json").write_text(json.dumps(said))
         torch.save((logits.float().cpu(), generated.cpu()), Path(arguments.out) / "tensors.pt")
     if arguments.way == "tp_plan":

@@ -129,18 +129,19 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-class InternLMLinear(nn.Linear):
-    """nn.Linear whose product and bias torch.compile can make one kernel for a single token.
+def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """linear(states), in a form from which torch.compile makes one kernel for a single token.
 
     For a product with a bias in half precision, Inductor calls the library, which reads one row's weights at two
-    thirds of the memory's bandwidth; a product alone it compiles itself, and fuses what follows.
+    thirds of the memory's bandwidth; a product alone it compiles itself, and fuses what follows. A module that is
+    more than nn.Linear, by its type (quantized, LoRA) or by hooks (offloading, tensor parallelism), is called as it is.
     """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.bias is None or not torch.compiler.is_compiling():
-            return super().forward(input)
-        product = F.linear(input, self.weight)
-        return product + self.bias.to(product.dtype)  # autocast: the bias is float32
+    if not torch.compiler.is_compiling() or type(linear) is not nn.Linear or linear.bias is None:
+        return linear(states)
+    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
+        return linear(states)
+    product = F.linear(states, linear.weight)
+    return product + linear.bias.to(product.dtype)  # autocast: the bias is float32
 
 
 class InternLMAttention(nn.Module):
@@ -153,10 +154,10 @@ class InternLMAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.k_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.v_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.o_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(
         self,
@@ -173,9 +174,9 @@ class InternLMAttention(nn.Module):
         With key_position_embeddings, those of all S keys, keys are cached before rotation.
         """
         heads = (-1, self.head_dim)  # as many as this process holds under tensor parallelism
-        query = rotate(self.q_proj(hidden_states).unflatten(-1, heads), *position_embeddings)  # [B, T, h, d]
-        key = self.k_proj(hidden_states).unflatten(-1, heads)  # [B, T, h, d]
-        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # [B, h, T, d]
+        query = rotate(project(self.q_proj, hidden_states).unflatten(-1, heads), *position_embeddings)  # [B, T, h, d]
+        key = project(self.k_proj, hidden_states).unflatten(-1, heads)  # [B, T, h, d]
+        value = project(self.v_proj, hidden_states).unflatten(-1, heads).transpose(1, 2)  # [B, h, T, d]
         if key_position_embeddings is None:
             key = rotate(key, *position_embeddings)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, h, T, d]
@@ -193,7 +194,7 @@ class InternLMAttention(nn.Module):
         else:
             attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
+        return project(self.o_proj, output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
 
 
 class InternLMMLP(nn.Module):

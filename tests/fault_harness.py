@@ -234,7 +234,7 @@ def _run(script: str, words: list[str], conditions: Conditions, report: Path) ->
 
 
 _PATH_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
-_DESCRIPTOR_CALLS = ("pwrite", "preadv", "copy_file_range", "fsync")
+_DESCRIPTOR_CALLS = ("pwrite", "preadv", "copy_file_range", "posix_fadvise", "fsync")
 
 
 class _Operations:

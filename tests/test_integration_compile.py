@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from model_families import FAMILIES, Family, tokens
 from transformers import CompileConfig
+
+from internlm_model.modeling_internlm import project
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 over_ropes = pytest.mark.parametrize("rope", ["origin", "dynamic"])
@@ -46,7 +49,8 @@ def test_generate_with_a_static_cache_compiles_its_steps(family: Family, rope: s
 def test_compiled_projections_keep_their_biases(family: Family, autocast: bool) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = family.cls("ForCausalLM")(family.config(bias=True, num_hidden_layers=1)).eval()
+    config = family.config(bias=True, num_hidden_layers=1, initializer_range=0.2)
+    model = family.cls("ForCausalLM")(config).eval()
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
     for bias in biases:
         torch.nn.init.normal_(bias)
@@ -54,10 +58,27 @@ def test_compiled_projections_keep_their_biases(family: Family, autocast: bool) 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for ids in (tokens(1, 1), tokens(2, 9)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            actual, expected = compiled(ids).logits, model(ids).logits
-        assert actual.dtype == expected.dtype
+            actual, expected = compiled(ids, use_cache=True), model(ids, use_cache=True)
+        keys, expected_keys = (outputs.past_key_values.layers[0].keys for outputs in (actual, expected))
+        assert keys.dtype == expected_keys.dtype == (torch.bfloat16 if autocast else torch.float32)
         limit = 0.1 if autocast else 1e-4
-        torch.testing.assert_close(actual, expected, atol=limit, rtol=limit)
+        torch.testing.assert_close(keys, expected_keys, atol=limit, rtol=limit)
+        torch.testing.assert_close(actual.logits, expected.logits, atol=limit, rtol=limit)
+
+
+@torch.no_grad()
+def test_a_compiled_projection_that_is_more_than_linear_is_called() -> None:
+    """Hooks, as offloading and tensor parallelism set them, and other classes, as quantization does."""
+    torch.manual_seed(0)
+    plain, states = torch.nn.Linear(8, 8), torch.randn(2, 3, 8)
+    hooked, replaced, other = (copy.deepcopy(plain) for _ in range(3))
+    hooked.register_forward_hook(lambda module, arguments, output: 2 * output)
+    replaced.forward = lambda states: torch.nn.functional.linear(states, plain.weight) - 1  # type: ignore[method-assign]
+    other.__class__ = type("Other", (torch.nn.Linear,), {"forward": lambda self, states: states + 3})
+    for linear in (plain, hooked, replaced, other):
+        torch.compiler.reset()
+        compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(linear, states), linear(states))
 
 
 @over_families

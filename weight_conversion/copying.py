@@ -202,8 +202,10 @@ class _Files:
         """Has the disk begin with a tensor that is complete, while others are being copied.
 
         Left to itself the kernel writes most bytes when they are flushed at the end, and everybody waits. Of cached
-        pages that are no longer needed it starts to write the changed ones at once, without waiting for the disk.
+        pages that are no longer needed it starts to write the changed ones at once, without waiting for the end.
         """
+        if not tensor.nbytes:  # no length means all the rest of the file
+            return
         with suppress(OSError):  # advice, which a file system may not take
             os.posix_fadvise(self.descriptor(tensor.path), tensor.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -420,8 +422,8 @@ def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
                 for piece in run.within(begin, end):
                     _write_part(worker, piece, block, data, begin, checksums.setdefault(run.tensor, _Checksum()))
             worker.advance(len(data))
-        for run in runs:
-            worker.files.start_writing(run.tensor)
+    for tensor in checksums:  # several moves may have filled one
+        worker.files.start_writing(tensor)
     return checksums
 
 
