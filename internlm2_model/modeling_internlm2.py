@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm2 import ChatMixin
-from .compat_internlm2 import GATHERED_COLUMNS, cache_slots, causal_mask, with_tensor_parallelism
+from .compat_internlm2 import GATHERED_COLUMNS, SHARED_EMBEDDING, cache_slots, causal_mask, with_tensor_parallelism
 from .configuration_internlm2 import InternLM2Config
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -511,7 +511,10 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin)
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}  # noqa: RUF012
-    _tp_plan = {"output": GATHERED_COLUMNS}  # noqa: RUF012
+    _tp_plan = {  # noqa: RUF012
+        "output": GATHERED_COLUMNS,
+        **({"model.tok_embeddings": SHARED_EMBEDDING} if SHARED_EMBEDDING else {}),
+    }
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)

@@ -18,6 +18,9 @@ _UPDATE_PARAMETERS = inspect.signature(Cache.update).parameters
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 _DISTRIBUTED_PARAMETERS = inspect.signature(DistributedConfig).parameters
 
+# Embedding tables shared by rows of the vocabulary: from 5.17 on. Before, each process holds the whole table.
+SHARED_EMBEDDING = "embedding_rowwise" if "tp_plan" in _DISTRIBUTED_PARAMETERS else None
+
 
 def causal_mask(
     config: Any,

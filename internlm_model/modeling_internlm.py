@@ -28,7 +28,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm import ChatMixin
-from .compat_internlm import GATHERED_COLUMNS, attended_length, cache_slots, causal_mask, with_tensor_parallelism
+from .compat_internlm import (
+    GATHERED_COLUMNS,
+    SHARED_EMBEDDING,
+    attended_length,
+    cache_slots,
+    causal_mask,
+    with_tensor_parallelism,
+)
 from .configuration_internlm import InternLMConfig
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -551,7 +558,10 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": GATHERED_COLUMNS}  # noqa: RUF012
+    _tp_plan = {  # noqa: RUF012
+        "lm_head": GATHERED_COLUMNS,
+        **({"model.embed_tokens": SHARED_EMBEDDING} if SHARED_EMBEDDING else {}),
+    }
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__(config)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from model_families import FAMILIES, tokens
+from torch.distributed.tensor import DTensor
 
 
 def main(name: str, folder: str, out: str) -> None:
@@ -30,8 +31,11 @@ def main(name: str, folder: str, out: str) -> None:
     with torch.no_grad():
         logits = model(ids).logits
     generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    weight = model.get_input_embeddings().weight
+    rows = len(weight.to_local() if isinstance(weight, DTensor) else weight)
     if dist.get_rank() == 0:
-        torch.save({"logits": logits, "generated": generated, "backend": dist.get_backend()}, Path(out))
+        found = {"logits": logits, "generated": generated, "backend": dist.get_backend(), "embedding_rows": rows}
+        torch.save(found, Path(out))
     dist.barrier()
     dist.destroy_process_group()
 
