@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from model_speed import DECODE_STEPS, NAMES, SHAPES, Ceilings, Shape, Work, build, decode, prefill, random_tokens
+from model_speed import DECODE_STEPS, GIB, NAMES, SHAPES, Ceilings, Shape, Work, build, decode, prefill, random_tokens
 from transformers.utils import is_flash_attn_2_available
 
 from internlm2_model import InternLM2ForCausalLM
@@ -43,6 +43,10 @@ MODELS: dict[str, Any] = {"internlm": InternLMForCausalLM, "internlm2": InternLM
 WAYS = ("one GPU", "device_map", "tp_plan")
 LENGTHS, BATCHES, CONTEXT = (2048, 8192), (1, 8, 32), 512
 PROMPT, NEW_TOKENS = 256, 32
+
+
+def chosen_shape(family: str, arguments: argparse.Namespace) -> Shape:
+    return replace(SHAPES[family], layers=arguments.layers or SHAPES[family].layers)
 
 
 def load(family: str, folder: str, way: str, backend: str) -> Any:
@@ -73,7 +77,7 @@ def passes(shape: Shape) -> dict[str, tuple[Any, Work]]:
 
 
 @torch.no_grad()
-def work(arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace, shape: Shape) -> None:
     """One way of running the model; process 0 writes what came out."""
     if arguments.way == "tp_plan":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -84,9 +88,9 @@ def work(arguments: argparse.Namespace) -> None:
     logits = model(ids).logits
     generated = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     times = {}
-    for name, (run, _) in passes(arguments.shape).items():
+    for name, (run, _) in passes(shape).items():
         times[name] = statistics.median([run(model) for _ in range(arguments.rounds + 1)][1:])
-    peaks = [torch.cuda.max_memory_allocated(device) / 2**30 for device in range(torch.cuda.device_count())]
+    peaks = [torch.cuda.max_memory_allocated(device) / GIB for device in range(torch.cuda.device_count())]
     if arguments.way == "tp_plan":  # each process sees its own memory alone
         everybodys: list[list[float]] = [[] for _ in peaks]
         dist.all_gather_object(everybodys, peaks)
@@ -114,17 +118,17 @@ def run_way(way: str, family: str, folder: Path, arguments: argparse.Namespace) 
     return json.loads((out / "said.json").read_text()), torch.load(out / "tensors.pt")
 
 
-def compare(family: str, arguments: argparse.Namespace, ceilings: Ceilings) -> None:
+def compare(family: str, shape: Shape, arguments: argparse.Namespace, ceilings: Ceilings) -> None:
     """Prints the tables of a family."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
-        model = build(family, arguments.shape)
+        model = build(family, shape)
         model.save_pretrained(folder / "model")
         del model
         torch.cuda.empty_cache()
         results = {way: run_way(way, family, folder, arguments) for way in WAYS}
     logits, generated = results["one GPU"][1]
-    print(f"### {NAMES[family]}, {arguments.backend}, {arguments.shape}\n")
+    print(f"### {NAMES[family]}, {arguments.backend}, {shape}\n")
     print("| way | parameters on | layers split | error of logits | same greedy tokens | peak GiB |")
     print("| --- | --- | --: | --: | --: | --- |")
     for way, (said, (found, tokens)) in results.items():
@@ -134,7 +138,7 @@ def compare(family: str, arguments: argparse.Namespace, ceilings: Ceilings) -> N
         peak = ", ".join(f"{value:.2f}" for value in said["peak"])
         print(f"| {way} | {placed} | {said['split']} | {error:.2e} | {same} of {NEW_TOKENS} | {peak} |")
     print("\n| ms | floor of one | " + " | ".join(WAYS) + " | tp_plan, speed |\n| --- " + "| --: " * 5 + "|")
-    for name, (_, amount) in passes(arguments.shape).items():
+    for name, (_, amount) in passes(shape).items():
         times = [results[way][0]["times"][name] for way in WAYS]
         cells = " | ".join(f"{time:.2f}" for time in (ceilings.floor(amount), *times))
         print(f"| {name} | {cells} | {times[0] / times[2]:.2f} x |")
@@ -155,17 +159,14 @@ def main() -> None:
         raise SystemExit(f"This benchmark needs two CUDA GPUs, and torch sees {torch.cuda.device_count()}.")
     transformers.logging.set_verbosity_error()
     if arguments.way:
-        shape = SHAPES[arguments.families[0]]
-        arguments.shape = replace(shape, layers=arguments.layers or shape.layers)
-        work(arguments)
+        work(arguments, chosen_shape(arguments.families[0], arguments))
         return
     ceilings = Ceilings()
     print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"copy {ceilings.bytes_per_second / 1e9:.0f} GB/s, product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s\n")
     torch.cuda.empty_cache()
     for family in arguments.families:
-        arguments.shape = replace(SHAPES[family], layers=arguments.layers or SHAPES[family].layers)
-        compare(family, arguments, ceilings)
+        compare(family, chosen_shape(family, arguments), arguments, ceilings)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import INTERNLM, INTERNLM2, Family, padded, tokens
-from test_model_parallel import torchrun
+from test_model_parallel import assert_computed_as_by, torchrun
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
@@ -270,20 +270,27 @@ def test_documented_loads(family: Family, folder: Path, arguments: dict[str, Any
     assert model.generate(ids, max_new_tokens=4, min_new_tokens=4).shape == (2, 54)
 
 
-@over_families
-@over_backends
-@torch.no_grad()
-def test_a_gpu_with_too_little_memory_offloads_whole_layers(family: Family, folder: Path, backend: str) -> None:
+def assert_spread_by_layers(folder: Path, backend: str, second: int | str) -> None:
+    """With room for 0.6 of the model on the first GPU, whole layers go to the second device; nothing else changes."""
     arguments = {"torch_dtype": torch.float16, "attn_implementation": backend}
     whole = load(folder, **arguments).cuda()
     size = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
-    model = load(folder, device_map="auto", max_memory={0: int(0.6 * size), "cpu": "4GiB"}, **arguments)
-    assert {str(device) for device in model.hf_device_map.values()} == {"0", "cpu"}
+    model = load(folder, device_map="auto", max_memory={0: int(0.6 * size), second: "4GiB"}, **arguments)
+    assert {str(device) for device in model.hf_device_map.values()} == {"0", str(second)}
     assert not [name for name in model.hf_device_map if name.startswith("model.layers.") and name.count(".") > 2]
+    for layer in model.model.layers:
+        assert len({parameter.device for parameter in layer.parameters()}) == 1
     ids, mask = on_gpu(some_rows(50, 33), "left")
     assert torch.equal(model(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits)
     continued = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(ids, **continued), whole.generate(ids, **continued))
+
+
+@over_families
+@over_backends
+@torch.no_grad()
+def test_a_gpu_with_too_little_memory_offloads_whole_layers(family: Family, folder: Path, backend: str) -> None:
+    assert_spread_by_layers(folder, backend, "cpu")
 
 
 # -- two GPUs --------------------------------------------------------------------------------------------------------
@@ -294,17 +301,7 @@ def test_a_gpu_with_too_little_memory_offloads_whole_layers(family: Family, fold
 @over_backends
 @torch.no_grad()
 def test_device_map_spreads_whole_layers_over_two_gpus(family: Family, folder: Path, backend: str) -> None:
-    arguments = {"torch_dtype": torch.float16, "attn_implementation": backend}
-    whole = load(folder, **arguments).cuda()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
-    model = load(folder, device_map="auto", max_memory={0: int(0.6 * size), 1: "4GiB"}, **arguments)
-    assert {str(device) for device in model.hf_device_map.values()} == {"0", "1"}
-    for layer in model.model.layers:
-        assert len({parameter.device for parameter in layer.parameters()}) == 1
-    ids, mask = on_gpu(some_rows(50, 33), "left")
-    assert torch.equal(model(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits)
-    continued = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(model.generate(ids, **continued), whole.generate(ids, **continued))
+    assert_spread_by_layers(folder, backend, 1)
 
 
 @needs_two
@@ -319,10 +316,7 @@ def test_tensor_parallelism_over_two_gpus(family: Family, tmp_path: Path) -> Non
     assert run.returncode == 0, run.stderr
     result = torch.load(tmp_path / "out.pt", map_location="cuda")
     assert result["backend"] == "nccl"
-    model, ids = model.cuda(), tokens(2, 40).cuda()
-    torch.testing.assert_close(result["logits"], model(ids).logits, atol=1e-4, rtol=1e-4)
-    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert torch.equal(result["generated"], generated)
+    assert_computed_as_by(model.cuda(), result)
 
 
 @over_families

@@ -31,6 +31,15 @@ def torchrun(family: Family, folder: Path, out: Path, gpus: str = "") -> subproc
     )
 
 
+def assert_computed_as_by(model: Any, result: dict[str, Any]) -> None:
+    """What two processes wrote is what the whole `model` computes."""
+    ids = tokens(2, 40).to(model.device)
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, atol=1e-4, rtol=1e-4)
+    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(result["generated"], generated)
+
+
 @over_families
 def test_two_processes_compute_what_one_does(family: Family, tmp_path: Path) -> None:
     model = family.model("dynamic")
@@ -41,11 +50,7 @@ def test_two_processes_compute_what_one_does(family: Family, tmp_path: Path) -> 
     result = torch.load(tmp_path / "out.pt")
     shared = "tp_plan" in inspect.signature(DistributedConfig).parameters  # from transformers 5.17 on
     assert result["embedding_rows"] == model.config.vocab_size // (2 if shared else 1)
-    ids = tokens(2, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(result["logits"], model(ids).logits, atol=1e-4, rtol=1e-4)
-    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert torch.equal(result["generated"], generated)
+    assert_computed_as_by(model, result)
 
 
 @pytest.mark.parametrize(
