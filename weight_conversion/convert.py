@@ -123,7 +123,7 @@ def _check_replicas(source: _Source) -> None:
     tasks = [
         [Move(first, ((first.view(), other.view()),)) for (other,) in others]
         for entry, ((first, *_), *others) in source.parts
-        if entry.rule.replicated
+        if entry.rule.replicated and others
     ]
     for move in Copier(lambda _: None).differences(tasks):
         other = move.pairs[0][1].tensor

@@ -6,38 +6,40 @@ A Move pairs the windows of one full tensor with windows of parts. It runs in ei
     scatter   full  --read--> block --strided copy--> scratch --write--> parts           (reverting)
 
     A block is a run of whole rows of the full tensor that fits the processor's cache, so memory stays constant and
-    every byte is read once and written once. Where a part lies in the full tensor in one piece, of the same type, the
-    kernel copies it from file to file and its bytes never enter this process. The disk begins with a tensor as soon as
-    it is complete.
+    every byte is read once and written once. Where a part lies in the full tensor in one piece, of the same type, it
+    needs no scratch. (The kernel's own copying from file to file took longer: it works through small pipes, and holds
+    up the other threads that write to the file.)
 
 Comparing is gathering again and looking at what the full tensor holds.
 """
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import queue
 import signal
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from .errors import ConversionError, naming
+try:  # the same sums, twenty times as fast
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
+
+from .open_files import OpenFiles, WriteBehind
 from .views import Pair, StoredTensor
 
 BLOCK_BYTES = 1 << 20
 """Half of a current core's second-level cache: a block and its scratch stay in it between read and write."""
-KERNEL_COPY_BYTES = 64 << 20
-"""Largest piece that one kernel copy is asked for, so that progress shows and an interrupt is heard."""
 MAX_WORKERS = 4
 """More threads do not help: two saturate a disk, and four the memory bus of most machines."""
 
@@ -64,7 +66,7 @@ class Move:
 
 
 Task = Sequence[Move]
-"""Moves that one worker runs in order."""
+"""Moves, at least one, that one worker runs in order."""
 
 
 class Copier:
@@ -92,16 +94,16 @@ class Copier:
         return [move for found in self._run(tasks, _differing, writable=set()) for move in found]
 
     def _run(self, tasks: Sequence[Task], work: Callable[[_Worker, Task], Result], writable: set[Path]) -> list[Result]:
-        """`work` on every task, the largest first so that the threads end together."""
-        ordered = sorted(tasks, key=lambda task: -sum(move.full.nbytes for move in task))
+        """`work` on every task."""
         workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         with ExitStack() as stack:
             stack.enter_context(_interrupts_between_blocks(self._stop))
-            files = stack.enter_context(_Files(writable))
+            files = stack.enter_context(OpenFiles(writable))
+            disk = stack.enter_context(ThreadPoolExecutor(1))
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
             for _ in range(workers):
-                free.put(_Worker(files, self._progress, self._stop))
+                free.put(_Worker(WriteBehind(files, disk), self._progress, self._stop))
 
             def with_worker(task: Task) -> Result:
                 worker = free.get()
@@ -110,7 +112,7 @@ class Copier:
                 finally:
                     free.put(worker)
 
-            futures = [pool.submit(with_worker, task) for task in ordered]
+            futures = [pool.submit(with_worker, task) for task in _schedule(tasks)]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in finished:
@@ -118,8 +120,21 @@ class Copier:
                 return [future.result() for future in futures]
             except BaseException:
                 self._stop.asked = True
-                pool.shutdown(cancel_futures=True)
+                for executor in (pool, disk):
+                    executor.shutdown(cancel_futures=True)
                 raise
+
+
+def _schedule(tasks: Sequence[Task]) -> list[Task]:
+    """The largest first, so that the threads end together; files in turn, so that two threads seldom meet in one."""
+    seen: Counter[tuple[int, Path]] = Counter()
+
+    def place(task: Task) -> tuple[int, int]:
+        size, path = sum(move.full.nbytes for move in task), task[0].full.path
+        seen[size, path] += 1
+        return -size, seen[size, path]
+
+    return sorted(tasks, key=place)
 
 
 class _StoppedError(Exception):
@@ -160,68 +175,6 @@ def _interrupts_between_blocks(stop: _Stop) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupted:
         raise KeyboardInterrupt
-
-
-class _Files:
-    """Open file descriptors by path, for positioned reads and writes by several threads."""
-
-    def __init__(self, writable: Iterable[Path]) -> None:
-        self._writable = set(writable)
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDWR if path in self._writable else os.O_RDONLY)
-            return self._open[path]
-
-    def read(self, path: Path, offset: int, target: memoryview) -> None:
-        descriptor, done = self.descriptor(path), 0
-        while done < len(target):
-            with naming(path):
-                count = os.preadv(descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise ConversionError(f"{path} ends at byte {offset + done}: it was cut while it was being read.")
-            done += count
-
-    def write(self, path: Path, offset: int, source: memoryview) -> None:
-        descriptor, done = self.descriptor(path), 0
-        while done < len(source):
-            with naming(path):
-                done += os.pwrite(descriptor, source[done:], offset + done)
-
-    def start_writing(self, tensor: StoredTensor) -> None:
-        """Has the disk begin with a tensor that is complete, while others are being copied.
-
-        Left to itself the kernel writes most bytes when they are flushed at the end, and everybody waits. Of cached
-        pages that are no longer needed it starts to write the changed ones at once, without waiting for the end.
-        """
-        if not tensor.nbytes:  # no length means all the rest of the file
-            return
-        with suppress(OSError):  # advice, which a file system may not take
-            os.posix_fadvise(self.descriptor(tensor.path), tensor.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
-
-    def copy(self, source: Path, source_offset: int, target: Path, target_offset: int, count: int) -> int:
-        """Bytes that the kernel copied from file to file, or 0 where it cannot for these files."""
-        arguments = (self.descriptor(source), self.descriptor(target), count, source_offset, target_offset)
-        try:
-            return os.copy_file_range(*arguments)
-        except OSError as error:
-            if error.errno in _NO_KERNEL_COPY:
-                return 0
-            raise OSError(error.errno, error.strerror, str(source), None, str(target)) from error
-
-
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
-"""Between these two files or on this kernel only reading and writing works."""
 
 
 # ------------------------------------------------------------------------------------------------- windows in memory
@@ -313,18 +266,24 @@ def _blocks(move: Move, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------------- work
 
 
+class _Block(NamedTuple):
+    """The same memory as elements [n] of a tensor and as bytes."""
+
+    elements: torch.Tensor
+    bytes: memoryview
+
+
 class _Buffer:
     """Bytes that are used again for every block; grows to the largest one."""
 
     def __init__(self) -> None:
         self._bytes = bytearray(BLOCK_BYTES)
 
-    def take(self, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, memoryview]:
-        """The first `count` elements, as a tensor [count] and as its bytes."""
+    def take(self, count: int, dtype: torch.dtype) -> _Block:
         needed = count * dtype.itemsize
         if needed > len(self._bytes):
             self._bytes = bytearray(needed)
-        return torch.frombuffer(self._bytes, dtype=dtype, count=count), memoryview(self._bytes)[:needed]
+        return _Block(torch.frombuffer(self._bytes, dtype=dtype, count=count), memoryview(self._bytes)[:needed])
 
 
 @dataclass
@@ -337,7 +296,7 @@ class _Checksum:
     def add(self, offset: int, data: memoryview) -> None:
         if offset != self.position:
             raise ValueError(f"checksummed bytes out of order: at {offset}, expected {self.position}")
-        self.value = zlib.crc32(data, self.value)
+        self.value = crc32(data, self.value)
         self.position += len(data)
 
 
@@ -345,7 +304,7 @@ class _Checksum:
 class _Worker:
     """One thread's files and buffers."""
 
-    files: _Files
+    files: WriteBehind
     progress: Progress
     stop: _Stop
     block: _Buffer = field(default_factory=_Buffer)
@@ -360,55 +319,54 @@ class _Worker:
         if self.stop.asked:
             raise _StoppedError
 
-    def read_part(self, run: _Run, target: torch.Tensor, begin: int) -> None:
-        """Fills `target`, elements from `begin` on of a full tensor, with what a run's part holds."""
+    def read_part(self, run: _Run, block: _Block, begin: int) -> None:
+        """Fills what a run covers of a block, elements from `begin` on of a full tensor, from the run's part."""
         part, itemsize = run.tensor, run.tensor.dtype.itemsize
-        scratch, data = self.scratch.take(run.part_span, part.dtype)
-        self.files.read(part.path, part.offset + run.part * itemsize, data)
-        source = scratch.as_strided(run.sizes, [axis.part for axis in run.axes])
-        target.as_strided(run.sizes, [axis.full for axis in run.axes], run.full - begin).copy_(source)
+        start, offset = run.full - begin, part.offset + run.part * itemsize
+        if run.in_one_piece and part.dtype == block.elements.dtype:
+            self.files.read(part.path, offset, block.bytes[start * itemsize : (start + run.numel) * itemsize])
+            return
+        scratch = self.scratch.take(run.part_span, part.dtype)
+        self.files.read(part.path, offset, scratch.bytes)
+        source = scratch.elements.as_strided(run.sizes, [axis.part for axis in run.axes])
+        block.elements.as_strided(run.sizes, [axis.full for axis in run.axes], start).copy_(source)
 
-    def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> tuple[torch.Tensor, memoryview]:
+    def write_part(self, run: _Run, block: _Block, begin: int, checksum: _Checksum) -> None:
+        """Writes what a run covers of a block, elements from `begin` on of a full tensor, into the run's part."""
+        part, itemsize = run.tensor, run.tensor.dtype.itemsize
+        start = run.full - begin
+        if run.in_one_piece:
+            content = block.bytes[start * itemsize : (start + run.numel) * itemsize]
+        else:
+            if run.part_span != run.numel:
+                raise ValueError(f"rows of {part.name} do not lie in one piece")
+            scratch, content = self.scratch.take(run.numel, part.dtype)
+            source = block.elements.as_strided(run.sizes, [axis.full for axis in run.axes], start)
+            scratch.as_strided(run.sizes, [axis.part for axis in run.axes]).copy_(source)
+        checksum.add(run.part * itemsize, content)
+        self.files.write(part.path, part.offset + run.part * itemsize, content)
+
+    def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> _Block:
         """Elements [begin, end) of the full tensor as its parts and the transform give them."""
-        block, data = self.block.take(end - begin, move.full.dtype)
-        source = block if move.transform is None else torch.empty(end - begin, dtype=runs[0].tensor.dtype)
+        block = self.block.take(end - begin, move.full.dtype)
+        source = block if move.transform is None else _Buffer().take(end - begin, runs[0].tensor.dtype)
         for run in runs:
             for piece in run.within(begin, end):
                 self.read_part(piece, source, begin)
         if move.transform is not None:
-            block.copy_(move.transform(source.view(-1, *move.full.shape[1:])).flatten())
-        return block, data
+            rows = source.elements.view(-1, *move.full.shape[1:])
+            block.elements.copy_(move.transform(rows).flatten())
+        return block
 
 
 def _gather(worker: _Worker, task: Task) -> None:
     for move in task:
         full, runs = move.full, [_as_run(pair) for pair in move.pairs]
-        if move.transform is None and _copied_by_kernel(worker, full, runs):
-            worker.files.start_writing(full)
-            continue
         for begin, end in _blocks(move, runs[0].tensor.dtype):
-            _, data = worker.gathered(move, runs, begin, end)
-            worker.files.write(full.path, full.offset + begin * full.dtype.itemsize, data)
-            worker.advance(len(data))
-        worker.files.start_writing(full)
-
-
-def _copied_by_kernel(worker: _Worker, full: StoredTensor, runs: Sequence[_Run]) -> bool:
-    """Whether every run lay in one piece and of the full tensor's type, in files between which the kernel copies."""
-    itemsize = full.dtype.itemsize
-    if not all(run.in_one_piece and run.tensor.dtype == full.dtype for run in runs):
-        return False
-    for run in runs:
-        part, done, total = run.tensor, 0, run.numel * itemsize
-        source, target = part.offset + run.part * itemsize, full.offset + run.full * itemsize
-        while done < total:
-            piece = min(KERNEL_COPY_BYTES, total - done)
-            count = worker.files.copy(part.path, source + done, full.path, target + done, piece)
-            if count == 0:
-                return False
-            done += count
-            worker.advance(count)
-    return True
+            block = worker.gathered(move, runs, begin, end)
+            worker.files.write(full.path, full.offset + begin * full.dtype.itemsize, block.bytes)
+            worker.advance(len(block.bytes))
+    worker.files.hand_over()
 
 
 def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
@@ -416,33 +374,14 @@ def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
     for move in task:
         full, runs = move.full, [_as_run(pair) for pair in move.pairs]
         for begin, end in _blocks(move, full.dtype):
-            block, data = worker.block.take(end - begin, full.dtype)
-            worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, data)
+            block = worker.block.take(end - begin, full.dtype)
+            worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, block.bytes)
             for run in runs:
                 for piece in run.within(begin, end):
-                    _write_part(worker, piece, block, data, begin, checksums.setdefault(run.tensor, _Checksum()))
-            worker.advance(len(data))
-    for tensor in checksums:  # several moves may have filled one
-        worker.files.start_writing(tensor)
+                    worker.write_part(piece, block, begin, checksums.setdefault(run.tensor, _Checksum()))
+            worker.advance(len(block.bytes))
+    worker.files.hand_over()
     return checksums
-
-
-def _write_part(
-    worker: _Worker, run: _Run, block: torch.Tensor, data: memoryview, begin: int, checksum: _Checksum
-) -> None:
-    """Writes a run of the block, which holds elements from `begin` on of the full tensor, into its part."""
-    part, itemsize = run.tensor, run.tensor.dtype.itemsize
-    if run.in_one_piece:
-        start = (run.full - begin) * itemsize
-        content = data[start : start + run.numel * itemsize]
-    else:
-        if run.part_span != run.numel:
-            raise ValueError(f"rows of {part.name} do not lie in one piece")
-        scratch, content = worker.scratch.take(run.numel, part.dtype)
-        source = block.as_strided(run.sizes, [axis.full for axis in run.axes], run.full - begin)
-        scratch.as_strided(run.sizes, [axis.part for axis in run.axes]).copy_(source)
-    checksum.add(run.part * itemsize, content)
-    worker.files.write(part.path, part.offset + run.part * itemsize, content)
 
 
 def _differing(worker: _Worker, task: Task) -> list[Move]:
@@ -452,10 +391,10 @@ def _differing(worker: _Worker, task: Task) -> list[Move]:
 def _holds_its_parts(worker: _Worker, move: Move) -> bool:
     full, runs = move.full, [_as_run(pair) for pair in move.pairs]
     for begin, end in _blocks(move, runs[0].tensor.dtype):
-        expected, _ = worker.gathered(move, runs, begin, end)
-        found, data = worker.scratch.take(end - begin, full.dtype)
-        worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, data)
-        worker.advance(len(data))
-        if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):  # bytes: NaN equals itself
+        expected = worker.gathered(move, runs, begin, end)
+        found = worker.scratch.take(end - begin, full.dtype)
+        worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, found.bytes)
+        worker.advance(len(found.bytes))
+        if found.bytes != expected.bytes:  # not elements: NaN equals itself
             return False
     return True
