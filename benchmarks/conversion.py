@@ -181,18 +181,26 @@ save_file(merged, target / "model.safetensors", metadata={"format": "pt"})
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="1.8b")
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--pp", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--max_shard", default="10GB")
-    parser.add_argument("--folder", type=Path, default=REPOSITORY / ".build" / "benchmark", help="where to work")
+    parser.add_argument("--preset", choices=PRESETS, default="1.8b", help="shape of the model; default: 1.8b")
+    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size of the checkpoint; default: 2")
+    parser.add_argument("--pp", type=int, default=2, help="its pipeline stages; default: 2")
+    parser.add_argument("--runs", type=int, choices=range(1, 100), metavar="N", default=5, help="default: 5")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--max_shard", default="10GB", help="as for convert2hf; default: 10GB")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=REPOSITORY / ".build" / "benchmark",
+        help="where to work; the checkpoint stays there, and up to three times its size is needed. "
+        "Default: .build/benchmark",
+    )
     parser.add_argument(
         "--plain", action="store_true", help="also run the plain way (needs the model's size in memory)"
     )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model; default: a small one trained for the run")
-    parser.add_argument("--only", nargs="*", help="measure these alone: convert, cast, revert")
+    parser.add_argument(
+        "--only", nargs="*", choices=["convert", "cast", "revert"], help="measure these alone, beside start-up and cp"
+    )
     arguments = parser.parse_args()
 
     preset = PRESETS[arguments.preset]
@@ -239,16 +247,19 @@ def main() -> None:
         commands = {name: value for name, value in commands.items() if name in chosen}
 
     series = {name: Series() for name in commands}
-    for _ in range(arguments.runs):
-        for name, (command, read, output) in commands.items():
-            shutil.rmtree(output, ignore_errors=True)
-            os.sync()
-            settle(work, read)
-            measure(command, series[name])
-            if name not in ("convert", "start-up"):  # what was converted is reverted next
-                shutil.rmtree(output)
-    shutil.rmtree(hf, ignore_errors=True)
-    (work / "ballast").unlink()
+    try:
+        for _ in range(arguments.runs):
+            for name, (command, read, output) in commands.items():
+                shutil.rmtree(output, ignore_errors=True)
+                os.sync()
+                settle(work, read)
+                measure(command, series[name])
+                if name not in ("convert", "start-up"):  # what was converted is reverted next
+                    shutil.rmtree(output)
+    finally:
+        for left in (hf, back, copy, plain):
+            shutil.rmtree(left, ignore_errors=True)
+        (work / "ballast").unlink(missing_ok=True)
     _print(arguments, nbytes, series)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +55,15 @@ def make_files(moves: list[Move]) -> None:
 
 def content(tensor: StoredTensor) -> bytes:
     return tensor.path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+
+
+def assert_gathered(moves: list[Move], dim: int) -> None:
+    for move in moves:
+        full, *parts = (
+            torch.frombuffer(bytearray(content(tensor)), dtype=torch.int32).view(tensor.shape)
+            for tensor in (move.full, *(part.tensor for _, part in move.pairs))
+        )
+        assert torch.equal(full, torch.cat(parts, dim))
 
 
 def recorded_advice(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
@@ -106,12 +118,7 @@ def test_a_file_system_without_advice_gets_the_same_bytes(
     moves = halves(tmp_path, dim)
     make_files(moves)
     Copier(lambda _: None).gather([[move] for move in moves])
-    for move in moves:
-        full, *parts = (
-            torch.frombuffer(bytearray(content(tensor)), dtype=torch.int32).view(tensor.shape)
-            for tensor in (move.full, *(part.tensor for _, part in move.pairs))
-        )
-        assert torch.equal(full, torch.cat(parts, dim))
+    assert_gathered(moves, dim)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -150,3 +157,55 @@ def test_a_disk_that_fails_ends_the_copying_with_the_path(
     with pytest.raises(OSError, match="Input/output error") as raised:
         method(Copier(lambda _: None), [[move] for move in moves])
     assert Path(str(raised.value.filename)).parent == tmp_path
+
+
+def test_an_interrupt_while_the_disk_is_slow_does_not_wait_for_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when everything is copied, and the disk still has to begin with most of it."""
+    monkeypatch.setattr(open_files, "WRITE_BEHIND_BYTES", MIB)
+    moves = halves(tmp_path, 0)
+    make_files(moves)
+    begun: list[int] = []
+    copied = 0
+
+    def advise(_descriptor: int, offset: int, _count: int, _advice: int) -> None:
+        begun.append(offset)
+        while copied < 12 * MIB:  # what the disk is slow with
+            time.sleep(0.01)
+        if len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # for the main thread to hear it
+
+    def progress(count: int) -> None:
+        nonlocal copied
+        copied += count
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Copier(progress).gather([moves])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(begun) == 1  # of twelve ranges
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_without_a_thread_for_the_disk_the_bytes_are_copied(
+    dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def only_from_main(thread: threading.Thread) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    moves = halves(tmp_path, dim)
+    make_files(moves)
+    ranges = recorded_advice(monkeypatch)
+    monkeypatch.setattr(threading.Thread, "start", only_from_main)
+    Copier(lambda _: None).gather([[move] for move in moves])
+    assert not ranges
+    assert_gathered(moves, dim)

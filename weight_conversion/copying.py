@@ -23,7 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -101,9 +101,18 @@ class Copier:
             files = stack.enter_context(OpenFiles(writable))
             disk = stack.enter_context(ThreadPoolExecutor(1))
             pool = stack.enter_context(ThreadPoolExecutor(workers))
+
+            def start_writing(path: Path, begin: int, end: int) -> None:
+                if not self._stop.asked:  # many may wait for a slow disk when the user interrupts
+                    files.start_writing(path, begin, end)
+
+            def hand_over(path: Path, begin: int, end: int) -> None:
+                with suppress(RuntimeError):  # no thread to be had: the disk begins later
+                    disk.submit(start_writing, path, begin, end)
+
             free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
             for _ in range(workers):
-                free.put(_Worker(WriteBehind(files, disk), self._progress, self._stop))
+                free.put(_Worker(WriteBehind(files, hand_over), self._progress, self._stop))
 
             def with_worker(task: Task) -> Result:
                 worker = free.get()
@@ -112,8 +121,8 @@ class Copier:
                 finally:
                     free.put(worker)
 
-            futures = [pool.submit(with_worker, task) for task in _schedule(tasks)]
             try:
+                futures = [pool.submit(with_worker, task) for task in _schedule(tasks)]
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()

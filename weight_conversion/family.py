@@ -91,12 +91,14 @@ def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout:
         if checkpoint.config.get(size, found) != found:
             raise ConversionError(
                 f"{checkpoint.folder / MODEL_CONFIG} says {size} = {checkpoint.config[size]}, but tensor "
-                f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}."
+                f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}. "
+                "Shards are missing, or the file belongs to another checkpoint."
             )
         return found
     raise ConversionError(
         f"{checkpoint.folder}: none of the tensors {', '.join(map(repr, names))} is there, or it has not the number of "
-        "dimensions that it should have. The checkpoint is incomplete or no model of this family."
+        "dimensions that it should have. The checkpoint is incomplete, or no model of this family: InternLM and "
+        "InternLM2 each have their own script."
     )
 
 

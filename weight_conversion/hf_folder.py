@@ -119,7 +119,9 @@ def _inside(folder: Path, name: str, index_file: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ConversionError where the file is missing or holds something else."""
     if not path.is_file():
-        raise ConversionError(f"{path} is missing.")
+        raise ConversionError(
+            f"{path} is missing. --src takes a Hugging Face folder; an InternEvo checkpoint is for convert2hf_*.py."
+        )
     try:
         with naming(path):
             content = json.loads(path.read_bytes())

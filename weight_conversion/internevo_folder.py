@@ -98,7 +98,10 @@ def _shard_grid(folder: Path) -> dict[tuple[int, int], Path]:
                 )
     grid = {(int(m[1]), int(m[2])): folder / name for name in names if (m := SHARD.fullmatch(name))}
     if not grid:
-        raise ConversionError(f"{folder} holds no shard model_tp*_pp*.pt. --src takes an InternEvo checkpoint folder.")
+        raise ConversionError(
+            f"{folder} holds no shard model_tp*_pp*.pt. --src takes the folder of one step of an InternEvo checkpoint, "
+            "such as ckpt/1000."
+        )
     tp_size, pp_size = 1 + max(tp for tp, _ in grid), 1 + max(pp for _, pp in grid)
     places = ((tp, pp) for pp in range(pp_size) for tp in range(tp_size))  # millions, if a name says so
     holes = [shard_name(*place) for place in itertools.islice((p for p in places if p not in grid), 5)]

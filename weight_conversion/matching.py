@@ -116,7 +116,7 @@ def _refuse_unknown(found: Mapping[str, StoredTensor], expected: set[str], table
         first, more = found[unknown[0]], len(unknown) - 1
         raise ConversionError(
             f"{first.path}: tensor {shown(first.name)}{f' and {more} more' if more else ''} is not expected in this "
-            "model. Nothing may get lost, so nothing is done."
+            "model. Nothing may get lost, so nothing is done. InternLM and InternLM2 each have their own script."
         )
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -71,9 +70,10 @@ class OpenFiles:
 class WriteBehind:
     """One worker's view of the files: what it writes is handed to the disk by another thread, while it goes on."""
 
-    def __init__(self, files: OpenFiles, disk: Executor) -> None:
+    def __init__(self, files: OpenFiles, start_writing: Callable[[Path, int, int], object]) -> None:
+        """`start_writing` has another thread do what OpenFiles.start_writing does, and does not wait for it."""
         self._files = files
-        self._disk = disk
+        self._start_writing = start_writing
         self._ranges: dict[Path, tuple[int, int]] = {}  # written and not handed over, the last one of each file
 
     def read(self, path: Path, offset: int, target: memoryview) -> None:
@@ -101,4 +101,4 @@ class WriteBehind:
 
     def _start(self, path: Path, begin: int, end: int) -> None:
         if begin < end:  # no length would mean all the rest of the file
-            self._disk.submit(self._files.start_writing, path, begin, end)
+            self._start_writing(path, begin, end)
