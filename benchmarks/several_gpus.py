@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from model_speed import DECODE_STEPS, GIB, NAMES, SHAPES, Ceilings, Shape, Work, build, decode, prefill, random_tokens
+from model_speed import (
+    DECODE_STEPS,
+    GIB,
+    NAMES,
+    SHAPES,
+    Ceilings,
+    Shape,
+    Work,
+    build,
+    chosen_shape,
+    decode,
+    prefill,
+    random_tokens,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from internlm2_model import InternLM2ForCausalLM
@@ -43,10 +55,6 @@ MODELS: dict[str, Any] = {"internlm": InternLMForCausalLM, "internlm2": InternLM
 WAYS = ("one GPU", "device_map", "tp_plan")
 LENGTHS, BATCHES, CONTEXT = (2048, 8192), (1, 8, 32), 512
 PROMPT, NEW_TOKENS = 256, 32
-
-
-def chosen_shape(family: str, arguments: argparse.Namespace) -> Shape:
-    return replace(SHAPES[family], layers=arguments.layers or SHAPES[family].layers)
 
 
 def load(family: str, folder: str, way: str, backend: str) -> Any:

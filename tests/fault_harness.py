@@ -2,7 +2,7 @@
 
 A child is forked from a server that has torch imported already, so that hundreds of runs fit into a test. In it every
 file operation under one folder is counted: opening, making, renaming, removing, listing, and positioned reads, writes,
-kernel copies and flushes. Before the n-th of them the child can die, fail or wait, so that every moment has a number.
+advice and flushes. Before the n-th of them the child can die, fail or wait, so that every moment has a number.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _run(script: str, words: list[str], conditions: Conditions, report: Path) ->
 
 
 _PATH_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
-_DESCRIPTOR_CALLS = ("pwrite", "preadv", "copy_file_range", "posix_fadvise", "fsync")
+_DESCRIPTOR_CALLS = ("pwrite", "preadv", "posix_fadvise", "fsync")
 
 
 class _Operations:

@@ -70,7 +70,7 @@ Task = Sequence[Move]
 
 
 class Copier:
-    """Runs tasks on a few threads, each with two small buffers of its own."""
+    """Runs tasks on a few threads, each with a few small buffers of its own."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -286,7 +286,7 @@ class _Buffer:
     """Bytes that are used again for every block; grows to the largest one."""
 
     def __init__(self) -> None:
-        self._bytes = bytearray(BLOCK_BYTES)
+        self._bytes = bytearray()
 
     def take(self, count: int, dtype: torch.dtype) -> _Block:
         needed = count * dtype.itemsize
@@ -318,6 +318,7 @@ class _Worker:
     stop: _Stop
     block: _Buffer = field(default_factory=_Buffer)
     scratch: _Buffer = field(default_factory=_Buffer)
+    untransformed: _Buffer = field(default_factory=_Buffer)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)  # a block is too small to share; the workers are the parallelism
@@ -358,7 +359,7 @@ class _Worker:
     def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> _Block:
         """Elements [begin, end) of the full tensor as its parts and the transform give them."""
         block = self.block.take(end - begin, move.full.dtype)
-        source = block if move.transform is None else _Buffer().take(end - begin, runs[0].tensor.dtype)
+        source = block if move.transform is None else self.untransformed.take(end - begin, runs[0].tensor.dtype)
         for run in runs:
             for piece in run.within(begin, end):
                 self.read_part(piece, source, begin)
