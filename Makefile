@@ -13,7 +13,7 @@ $(READY): requirements.lock
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python tests/demo.py
+	$(BIN)/python tests/pages/demo.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -29,15 +29,15 @@ compat-environments: $(READY)
 
 # What every version makes of the model packages and of the converters' folders: benchmarks/compatibility.md.
 compat: $(READY)
-	PYTHONPATH=.:tests $(BIN)/python tests/versions/compatibility.py
+	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py
 
 # The oldest and the newest version only.
 compat-ci: $(READY)
-	PYTHONPATH=.:tests $(BIN)/python tests/versions/compatibility.py 4.57.6 5.23.0
+	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py 4.57.6 5.23.0
 
 # The real tokenizers on every version, loaded in every way: benchmarks/tokenizer_versions.md.
 tokenizer-versions: $(READY)
-	PYTHONPATH=.:tests $(BIN)/python tests/versions/tokenizer_versions.py
+	PYTHONPATH=. $(BIN)/python tests/versions/tokenizer_versions.py
 
 # llama.cpp on converted folders. Built from source the first time, in about six minutes of processor time.
 LLAMA_CPP := .compat/llama_cpp
@@ -49,4 +49,4 @@ $(LLAMA_CPP)/.installed: | $(READY)
 	touch $@
 
 llama-cpp: $(LLAMA_CPP)/.installed
-	PYTHONPATH=.:tests:$(LLAMA_CPP) $(BIN)/python -m pytest tests/llama_cpp/compare.py
+	PYTHONPATH=.:$(LLAMA_CPP) $(BIN)/python -m pytest tests/consumers/llama_cpp/compare.py

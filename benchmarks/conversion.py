@@ -59,10 +59,10 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: 
     """Random weights of `preset`, one layer's worth of them in memory at a time, in the shards of a tp x pp grid."""
     import torch
 
-    from weight_conversion.families import FAMILIES
-    from weight_conversion.internevo_folder import MODEL_CONFIG
-    from weight_conversion.matching import part_shapes
-    from weight_conversion.rules import ModelShape
+    from weight_conversion.folders.internevo_folder import MODEL_CONFIG
+    from weight_conversion.mapping.families import FAMILIES
+    from weight_conversion.mapping.matching import part_shapes
+    from weight_conversion.mapping.rules import ModelShape
 
     family = FAMILIES[preset.family]
     shape = ModelShape(preset.hidden, preset.intermediate, preset.vocab, preset.layers, preset.heads, preset.kv_heads)
@@ -230,7 +230,9 @@ def main() -> None:
         return [*script, "--dtype", dtype, "--max_shard", arguments.max_shard]
 
     revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
-    imports = "import weight_conversion.{0}, weight_conversion.families, weight_conversion.reporting"
+    imports = (
+        "import weight_conversion.running.{0}, weight_conversion.mapping.families, weight_conversion.running.reporting"
+    )
     # A command, what it reads, and what it writes.
     commands: dict[str, tuple[list[str], Path, Path]] = {
         "start-up": ([python, "-c", imports.format("convert")], source, work / "nothing"),
@@ -264,7 +266,7 @@ def main() -> None:
 
 
 def _small_tokenizer(work: Path) -> Path:
-    from tests.tokenizer_fixture import train_tokenizer
+    from tests.support.tokenizer_fixture import train_tokenizer
 
     return train_tokenizer(work / "tokenizer.model")
 

@@ -26,9 +26,9 @@ from random import Random
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from tests import fault_moments as moments  # noqa: E402
-from tests.fault_harness import quick_folder, train_quick_tokenizer  # noqa: E402
-from tests.fuzzing import Subject, check_layout, payload, random_layout, structure, with_cut, with_flip  # noqa: E402
+from tests.faults import fault_moments as moments  # noqa: E402
+from tests.faults.fault_harness import quick_folder, train_quick_tokenizer  # noqa: E402
+from tests.faults.fuzzing import Subject, check_layout, payload, random_layout, structure, with_cut, with_flip  # noqa: E402
 
 FAMILIES = ("internlm", "internlm2")
 BROKEN = "BROKEN"

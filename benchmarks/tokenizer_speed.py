@@ -26,9 +26,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import transformers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from weight_conversion.families import FAMILIES
-from weight_conversion.hf_folder import copy_code
-from weight_conversion.tokenizer_files import Tokenizer
+from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.mapping.families import FAMILIES
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 
 
 def _words(text: str) -> list[str]:

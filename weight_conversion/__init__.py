@@ -4,14 +4,20 @@ What flows through, for either direction:
 
     folder --reader--> StoredTensors --Table--> Moves --copy engine--> files laid out by a writer --publish--> folder
 
-    internevo_folder   which shards there are, pipeline stages renumbered, model_config.pt
-    hf_folder          index, shards, config.json and the small files beside them
-    torch_file         one .pt / .bin file          safetensors_file   one .safetensors file
-    tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it, tokenizer_json makes the
-                       fast form
-    table, rules       which tensor becomes which, and how its parts lie in it
-    internlm, internlm2  the two families: their table and their configuration, both ways
-    copying            moves bytes between files in blocks; knows neither names nor formats
-    publishing         a hidden folder beside the target that becomes the target when it is complete
-    convert, revert    the two directions, as the scripts call them
+    folders/    internevo_folder   which shards there are, pipeline stages renumbered, model_config.pt
+                hf_folder          index, shards, config.json and the small files beside them
+    files/      torch_file         one .pt / .bin file          safetensors_file   one .safetensors file
+                views              tensors as places in files, and windows on them
+                copying            moves bytes between files in blocks; knows neither names nor formats
+                open_files         reads and writes for several threads, and the disk at work meanwhile
+    mapping/    table, rules       which tensor becomes which, and how its parts lie in it
+                matching           the tensors found, set against the table
+                family             what a family is: internlm and internlm2, their table and configuration, both ways
+    tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,
+                                   tokenizer_json makes the fast form
+    running/    convert, revert    the two directions, as the scripts call them
+                publishing         a hidden folder beside the target that becomes the target when it is complete
+                reporting          progress, warnings and the last line
+    command_line                   the flags of the four scripts, and their exit status
+    errors                         the sentence that stops a run
 """

@@ -146,9 +146,9 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
     def action() -> None:
         import torch
 
-        from .convert import ConvertRequest, convert
-        from .families import FAMILIES
-        from .reporting import Reporter
+        from .mapping.families import FAMILIES
+        from .running.convert import ConvertRequest, convert
+        from .running.reporting import Reporter
 
         request = ConvertRequest(
             source=arguments.src,
@@ -172,9 +172,9 @@ def run_revert(family: str, arguments: argparse.Namespace) -> int:
     """Reverts as the user asked; the exit status."""
 
     def action() -> None:
-        from .families import FAMILIES
-        from .reporting import Reporter
-        from .revert import RevertRequest, revert
+        from .mapping.families import FAMILIES
+        from .running.reporting import Reporter
+        from .running.revert import RevertRequest, revert
 
         request = RevertRequest(
             source=arguments.src,

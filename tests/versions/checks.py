@@ -25,7 +25,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
-from golden import Golden
 from layout import EXPECTED, MODELS, ROPE_BASE, SCALING_FACTOR, TOKENIZER, TOKENIZERS, golden_folder
 from safetensors.torch import load_file
 from transformers import (
@@ -35,6 +34,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+
+from tests.support.golden import Golden
 
 AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,

@@ -155,7 +155,7 @@ def run(versions: Sequence[str], scratch: Path) -> list[Table]:
 
 def _environment(version: str, scratch: Path) -> dict[str, str]:
     variables = environment_variables(version)
-    path = os.pathsep.join((variables["PYTHONPATH"], str(HERE.parent)))
+    path = os.pathsep.join((variables["PYTHONPATH"], str(REPOSITORY)))
     modules = scratch / f"modules_{version}"  # remote code is copied here, apart from the user's
     return variables | {"PYTHONPATH": path, "HF_MODULES_CACHE": str(modules), "OMP_NUM_THREADS": "1"}
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import build
-from golden import Golden
 from layout import EXPECTED, HEADS, ROPE_BASE, SCALING_FACTOR, TOKENIZER, golden_folder
 from safetensors.torch import save_file
-from tokenizer_fixture import train_tokenizer
 
-from weight_conversion.families import FAMILIES
-from weight_conversion.family import Family
-from weight_conversion.hf_folder import copy_code
-from weight_conversion.tokenizer_files import Tokenizer
+from tests.support.checkpoints import build
+from tests.support.golden import Golden
+from tests.support.tokenizer_fixture import train_tokenizer
+from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.mapping.families import FAMILIES
+from weight_conversion.mapping.family import Family
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from golden import Golden
+from tests.support.golden import Golden
 
 HEADS = {
     "causal_lm": "ForCausalLM",

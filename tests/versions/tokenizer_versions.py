@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from environments import environment_variables
-from real_tokenizers import SHARED
 
-from weight_conversion.families import FAMILIES
-from weight_conversion.hf_folder import copy_code
-from weight_conversion.sentencepiece_model import SentencePieceModel
-from weight_conversion.tokenizer_files import Tokenizer, TokenizerSpec
-from weight_conversion.tokenizer_json import SlowTokenizer, SpecialTokens
+from tests.support.real_tokenizers import SHARED
+from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.mapping.families import FAMILIES
+from weight_conversion.tokenizer.sentencepiece_model import SentencePieceModel
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer, TokenizerSpec
+from weight_conversion.tokenizer.tokenizer_json import SlowTokenizer, SpecialTokens
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parents[1] / "benchmarks" / "tokenizer_versions.md"

@@ -1,0 +1,361 @@
+"""Convert and revert through the scripts' own functions: what is written, and that nothing is lost on either way."""
+
+from __future__ import annotations
+
+import filecmp
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.support.checkpoints import Shape, build
+from tests.support.tokenizer_fixture import train_tokenizer
+from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CARRIED = REPOSITORY / "tests" / "support" / "data" / "internevo"
+SHARED = REPOSITORY.parent / "shared" / "internevo_checkpoints"
+NO_SHARED = "needs the training framework's own checkpoints beside the repository (../shared)"
+FAMILIES = ("internlm", "internlm2")
+EIGHT_HEADS = {
+    "internlm": Shape(hidden=64, layers=2, heads=8, kv_heads=8, intermediate=1024),
+    "internlm2": Shape(hidden=128, layers=2, heads=16, kv_heads=8),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def convert(family: str, source: Path, target: Path, tokenizer: Path, *more: str) -> None:
+    versions = family == "internlm"
+    parser = convert_parser("convert", family, 1.0, versions=versions)
+    words = ["--src", str(source), "--tgt", str(target), "--tokenizer", str(tokenizer), *more]
+    assert run_convert(family, parser.parse_args(words)) == 0
+
+
+def revert(family: str, source: Path, target: Path, tp: int, *more: str) -> None:
+    parser = revert_parser("revert", family, versions=family == "internlm")
+    words = ["--src", str(source), "--tgt", str(target), "--tp_size", str(tp), *more]
+    assert run_revert(family, parser.parse_args(words)) == 0
+
+
+def shards(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("model_tp*_pp*.pt"))}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def names_of(folder: Path) -> tuple[str, int, list[str]]:
+    """Family, tensor-parallel size and revert's flags for a folder named as in ../shared."""
+    family, *rest = folder.name.split("_")
+    flags = ["--embed_split"] if "split" in rest else []
+    old = family == "internlm" and bool({"legacymlp", "2023"} & set(rest))
+    return family, int(rest[0].removeprefix("tp")), flags + (["--version", "1"] if old else [])
+
+
+# ----------------------------------------------------------------------------------- the training framework's own files
+
+
+def real_checkpoints() -> list[Any]:
+    carried = [pytest.param(CARRIED / "internlm2_tp2", id="carried internlm2_tp2")]
+    found = [path for path in sorted(SHARED.glob("*")) if "_isp_" not in path.name]  # isp: refused by name
+    missing = [] if found else [pytest.param(None, id="shared", marks=pytest.mark.skip(reason=NO_SHARED))]
+    return carried + missing + [pytest.param(path, id=path.name) for path in found]
+
+
+@pytest.mark.parametrize("source", real_checkpoints())
+def test_logits_are_those_of_the_training_model(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    family, _, _ = names_of(source)
+    convert(family, source, tmp_path / "hf", tokenizer, "--dtype", "float32", "--verify")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    record = torch.load(source / "expected_logits.pt")
+    with torch.no_grad():
+        logits = model(record["input_ids"]).logits
+    torch.testing.assert_close(logits, record["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("source", real_checkpoints())
+def test_shards_of_the_current_layout_come_back_bit_for_bit(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    family, tp, flags = names_of(source)
+    convert(family, source, tmp_path / "hf", tokenizer, "--dtype", "float32")
+    revert(family, tmp_path / "hf", tmp_path / "back", tp, *flags, "--verify")
+    convert(family, tmp_path / "back", tmp_path / "again", tokenizer, "--dtype", "float32")
+    assert_same(weights(tmp_path / "again"), weights(tmp_path / "hf"))
+    current = not any(word in source.name for word in ("pp2", "adapt0"))  # one stage, rows in halves
+    if current:
+        before, after = shards(source), shards(tmp_path / "back")
+        assert before.keys() == after.keys()
+        for name in before:
+            assert_same(after[name], before[name])
+
+
+# --------------------------------------------------------------------------------------------------- every way to split
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_convert_of_revert_changes_nothing(family: str, tp: int, tokenizer: Path, tmp_path: Path) -> None:
+    dtypes = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    versions = (1, 2) if family == "internlm" else (None,)
+    choices = itertools.product([False, True], ["hidden", "vocabulary"], versions)
+    for number, (bias, embedding, version) in enumerate(choices):
+        dtype = list(dtypes)[number % len(dtypes)]
+        here = tmp_path / str(number)
+        more = {"mlp_version": version} if version else {}
+        full = build(
+            here / "a", family, shape=EIGHT_HEADS[family], tp=tp, bias=bias, embedding=embedding, dtype=dtype, **more
+        )
+        convert(family, here / "a", here / "hf", tokenizer, "--dtype", dtypes[dtype])
+        assert_same(weights(here / "hf"), full)
+        flags = ["--embed_split"] if embedding == "hidden" else []
+        revert(family, here / "hf", here / "back", tp, *flags, *(["--version", str(version)] if version else []))
+        before, after = shards(here / "a"), shards(here / "back")
+        assert before.keys() == after.keys()
+        for name in before:
+            assert_same(after[name], before[name])
+        convert(family, here / "back", here / "again", tokenizer, "--dtype", dtypes[dtype])
+        assert_same(weights(here / "again"), full)
+
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    *[(family, {"tp": 2, "pp": 2}) for family in FAMILIES],
+    *[(family, {"tp": 2, "pp": 3}) for family in FAMILIES],
+    *[(family, {"pp": 2, "chunks": 2}) for family in FAMILIES],
+    *[(family, {"tp": 2, "pp": 2, "prefix": "model.", "inv_freq": True}) for family in FAMILIES],
+    *[(family, {"tp": 2, "embedding": "unnamed vocabulary"}) for family in FAMILIES],
+    *[(family, {"tp": 2, "interleaved": True, "bias": True}) for family in FAMILIES],
+    ("internlm2", {"tp": 2, "fused": False, "bias": True}),
+    ("internlm2", {"tp": 2, "fused": False, "interleaved": True}),
+    ("internlm2", {"omit": ("adapt_hf", "norm_head", "layer_norm_epsilon", "no_bias", "embed_split_hidden")}),
+    ("internlm", {"tp": 2, "mlp_version": 1}),
+    ("internlm", {"tp": 2, "llama_like": True, "mlp_version": 1}),
+    ("internlm", {"tp": 2, "llama_like": True, "mlp_version": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "choices"), LAYOUTS, ids=lambda value: str(value))
+def test_every_layout_gives_the_same_model(
+    family: str, choices: dict[str, Any], tokenizer: Path, tmp_path: Path
+) -> None:
+    full = build(tmp_path / "a", family, **choices)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32", "--verify")
+    assert_same(weights(tmp_path / "hf"), full)
+
+
+def test_a_normalised_head_is_written_normalised(tokenizer: Path, tmp_path: Path) -> None:
+    full = build(tmp_path / "a", "internlm2", tp=2, norm_head=True, dtype=torch.bfloat16)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--verify")
+    found = weights(tmp_path / "hf")
+    assert torch.equal(found["output.weight"], full["output.weight"].bfloat16())
+    assert torch.equal(found["model.tok_embeddings.weight"], full["model.tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_cast_is_the_one_of_torch(dtype: str, tokenizer: Path, tmp_path: Path) -> None:
+    full = build(tmp_path / "a", "internlm2", tp=2)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", dtype, "--verify")
+    assert_same(weights(tmp_path / "hf"), {name: tensor.to(getattr(torch, dtype)) for name, tensor in full.items()})
+
+
+def test_a_square_mlp_needs_the_version(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    square = Shape(hidden=128, layers=2, heads=4, kv_heads=4, intermediate=256)
+    full = build(tmp_path / "a", "internlm", shape=square, tp=2, mlp_version=1)
+    parser = convert_parser("convert", "internlm", 1.0, versions=True)
+    words = ["--src", str(tmp_path / "a"), "--tgt", str(tmp_path / "hf"), "--tokenizer", str(tokenizer)]
+    assert run_convert("internlm", parser.parse_args(words)) == 1
+    assert "--version 1" in capsys.readouterr().err
+    convert("internlm", tmp_path / "a", tmp_path / "hf", tokenizer, "--version", "1", "--dtype", "float32")
+    assert_same(weights(tmp_path / "hf"), full)
+
+
+# --------------------------------------------------------------------------------------------------- the folder written
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_are_those_of_save_pretrained(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    build(tmp_path / "a", family, tp=2, bias=True)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--max_shard", "100KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype="auto")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    saved = {path.name for path in (tmp_path / "saved").glob("model[.-]*")}
+    assert saved == {path.name for path in (tmp_path / "hf").glob("model[.-]*")}
+    assert len(saved) > 3
+    for name in saved:
+        assert filecmp.cmp(tmp_path / "saved" / name, tmp_path / "hf" / name, shallow=False), name
+    written, by_transformers = (
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "saved")
+    )
+    by_transformers.pop("transformers_version")
+    assert written == by_transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_auto_class_loads_the_folder(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    build(tmp_path / "a", family)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
+    name = {"internlm": "InternLM", "internlm2": "InternLM2"}[family]
+    assert type(AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True)).__name__ == f"{name}Config"
+    loaded_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert loaded_tokenizer.decode(loaded_tokenizer("云 and  sea").input_ids, skip_special_tokens=True) == "云 and  sea"
+    for auto, ending in (
+        (AutoModel, "ForCausalLM"),
+        (AutoModelForCausalLM, "ForCausalLM"),
+        (AutoModelForSequenceClassification, "ForSequenceClassification"),
+    ):
+        model = auto.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+        assert type(model).__name__ == name + ending
+        assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_flags_and_the_trained_base_take_effect(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    build(tmp_path / "a", family, config={"rope_base": 1000000})
+    flags = ["--rotary_type", "dynamic", "--scaling_factor", "3", "--max_pos", "64"]
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, *flags)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_theta"] == 1000000
+    assert config["rope_scaling"] == {"type": "dynamic", "factor": 3.0}
+    assert config["max_position_embeddings"] == 64
+    if family == "internlm":
+        assert config["rotary"] == {"base": 1000000, "type": "dynamic", "scaling_factor": 3.0}
+    convert(family, tmp_path / "a", tmp_path / "origin", tokenizer)
+    config = json.loads((tmp_path / "origin" / "config.json").read_text())
+    assert config["rope_scaling"] is None
+    assert config["max_position_embeddings"] == 4096
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flags_have_the_documented_defaults(family: str) -> None:
+    factor = {"internlm": 1.0, "internlm2": 2.0}[family]
+    parser = convert_parser("convert", family, factor, versions=family == "internlm")
+    arguments = vars(parser.parse_args(["--src", "a", "--tgt", "b", "--tokenizer", "c"]))
+    documented = {"dtype": "bfloat16", "max_shard": "10GB", "max_pos": 4096, "rotary_type": "origin"}
+    assert documented.items() <= arguments.items()
+    assert arguments["scaling_factor"] == factor
+
+
+# --------------------------------------------------------------------------------------------------------------- revert
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_shard_holds_only_its_own_part(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    build(tmp_path / "a", family, shape=EIGHT_HEADS[family], bias=True)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
+    revert(family, tmp_path / "hf", tmp_path / "back", 8)
+    for path, state in zip(
+        sorted((tmp_path / "back").glob("model_tp*")), shards(tmp_path / "back").values(), strict=True
+    ):
+        nbytes = sum(tensor.nbytes for tensor in state.values())
+        assert path.stat().st_size < nbytes + 512 * len(state)
+    config = torch.load(tmp_path / "back" / "model_config.pt")  # weights_only: plain data
+    assert type(config) is dict
+    assert config["embed_split_hidden"] is False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bin_and_safetensors_revert_the_same(
+    family: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", family, tp=2, bias=True)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
+    revert(family, tmp_path / "hf", tmp_path / "one", 2, "--safetensors")
+    found = weights(tmp_path / "hf")
+    names = sorted(found)
+    for number, half in enumerate((names[::2], names[1::2]), start=1):
+        torch.save({name: found[name] for name in half}, tmp_path / "hf" / f"pytorch_model-0000{number}-of-00002.bin")
+    torch.save({"learning_rate": 1e-4}, tmp_path / "hf" / "training_args.bin")  # beside the weights, not one of them
+    capsys.readouterr()
+    revert(family, tmp_path / "hf", tmp_path / "two", 2)
+    assert "bin" in capsys.readouterr().out
+    for name, state in shards(tmp_path / "one").items():
+        assert_same(shards(tmp_path / "two")[name], state)
+
+
+def test_a_tied_head_is_written_as_a_head(tokenizer: Path, tmp_path: Path) -> None:
+    build(tmp_path / "a", "internlm2")
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer)
+    config = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(tmp_path / "tied")
+    assert "output.weight" not in weights(tmp_path / "tied")
+    revert("internlm2", tmp_path / "tied", tmp_path / "back", 2)
+    first, second = shards(tmp_path / "back").values()
+    head = torch.cat([first["output.weight"], second["output.weight"]])
+    assert torch.equal(head, weights(tmp_path / "tied")["model.tok_embeddings.weight"])
+
+
+def test_what_users_should_know_is_said(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = {"max_position_embeddings": 512, "use_dynamic_ntk_rope": True}
+    build(tmp_path / "a", "internlm2", bias=True, config=trained)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf.v1", tokenizer)
+    said = capsys.readouterr().err
+    for words in ("attention biases", "use_dynamic_ntk_rope", "max_position_embeddings = 512", "has a dot"):
+        assert words in said
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "back", 1)
+    assert "use_flash_attn only" in capsys.readouterr().err
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "flash", 1, "--use_flash")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "change", "words"),
+    [
+        ("internlm2", 3, {}, ["3", "key/value heads"]),
+        ("internlm2", 4, {}, ["4", "key/value heads"]),
+        ("internlm", 3, {}, ["3", "divide"]),
+        ("internlm2", 1, {"intermediate_size": 300}, ["w1", "[300, 32]", "[256, 32]"]),
+        ("internlm2", 1, {"num_hidden_layers": 7}, ["layers.4", "lacks"]),
+        ("internlm2", 1, {"rope_theta": 5}, ["contradict", "10000"]),
+        ("internlm2", 1, {"model_type": "llama"}, ["llama", "internlm2"]),
+    ],
+)
+def test_what_cannot_be_reverted_is_refused_in_a_sentence(
+    family: str,
+    tp: int,
+    change: dict[str, Any],
+    words: list[str],
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    build(tmp_path / "a", family)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
+    config_file = tmp_path / "hf" / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | change))
+    parser = revert_parser("revert", family, versions=family == "internlm")
+    arguments = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "back"), "--tp_size", str(tp)]
+    assert run_revert(family, parser.parse_args(arguments)) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf"]
+
+
+def test_an_intermediate_size_that_training_would_round_is_refused(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", "internlm2", shape=Shape(layers=2, intermediate=384))
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer)
+    parser = revert_parser("revert", "internlm2", versions=False)
+    arguments = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "back"), "--tp_size", "1"]
+    assert run_revert("internlm2", parser.parse_args(arguments)) == 1
+    assert "384" in (message := capsys.readouterr().err)
+    assert "512" in message

@@ -1,0 +1,262 @@
+"""Random layouts and random damage, and what must hold of them. A test draws a few, benchmarks/fault_campaign.py many.
+
+Checks raise AssertionError where a promise is broken, and say what happened where it is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.faults.fault_harness import TINY, assert_refused, contents, convert_words, revert_words, run_script
+from tests.support.checkpoints import Shape, build
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HAS_DEFAULT = ("layer_norm_epsilon", "embed_split_hidden", "vocab_size", "num_layers", "dtype", "mlp_ratio", "no_bias")
+"""Keys of model_config.pt without which the same model is meant, or is still plain from the shards."""
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint, and how it is to be converted and reverted. `choices` are those of checkpoints.Recipe."""
+
+    family: str
+    choices: dict[str, Any]
+    dtype: str
+    max_shard: str
+    tp_back: int
+    embed_split: bool
+    version_back: int
+
+
+def random_layout(random: Random) -> Layout:
+    """Any layout that training can write, of a small model."""
+    family = random.choice(["internlm", "internlm2"])
+    tp, tp_back = random.choice([1, 2, 4]), random.choice([1, 2, 4])
+    unit, chunks = math.lcm(tp, tp_back), random.choice([1, 1, 2, 3])
+    kv_heads = unit * random.choice([1, 2])
+    heads = kv_heads * (random.choice([1, 2, 3]) if family == "internlm2" else 1)
+    shape = Shape(
+        hidden=heads * random.choice([2, 4, 6]),
+        layers=chunks * random.randint(1, 3),
+        heads=heads,
+        kv_heads=kv_heads,
+        intermediate=256 * random.choice([1, 1, 2]),
+        vocab=unit * random.randint(64 // unit, 160 // unit),
+    )
+    if random.random() < 0.1:  # I/tp == H: the MLP is square
+        shape = Shape(256 // tp, shape.layers, kv_heads, kv_heads, 256, shape.vocab)
+    stored = random.choice(list(DTYPES))
+    llama_like = family == "internlm" and random.random() < 0.25
+    interleaved = random.random() < 0.3
+    may_be_left_out = [*HAS_DEFAULT, "norm_head", *([] if interleaved else ["adapt_hf"])]
+    norm_head = family == "internlm2" and random.random() < 0.2
+    choices = {
+        "shape": shape,
+        "tp": tp,
+        "pp": random.choice([1, 1, 2, 3, 4]),
+        "chunks": chunks,
+        "dtype": DTYPES[stored],
+        "bias": not llama_like and random.random() < 0.5,
+        "embedding": random.choice(["hidden", "vocabulary", "unnamed vocabulary"]),
+        "interleaved": interleaved,
+        "fused": random.random() < 0.7,
+        "mlp_version": random.choice([1, 2]),
+        "prefix": random.choice(["", "model."]),
+        "inv_freq": random.random() < 0.3,
+        "norm_head": norm_head,
+        "llama_like": llama_like,
+        "omit": tuple(k for k in may_be_left_out if random.random() < 0.2 and not (norm_head and k == "norm_head")),
+        "seed": random.randrange(1 << 16),
+    }
+    return Layout(
+        family,
+        choices,
+        dtype=stored if random.random() < 0.7 else random.choice(list(DTYPES)),
+        max_shard=random.choice(["10GB", "100KB", "30KB", "5KB"]),
+        tp_back=tp_back,
+        embed_split=random.random() < 0.5,
+        version_back=random.choice([1, 2]) if family == "internlm" else 2,
+    )
+
+
+def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
+    """Convert, revert, convert: each step gives exactly what the checkpoint holds; `folder` is used up."""
+    internlm, shape = layout.family == "internlm", layout.choices["shape"]
+
+    def converted(source: Path, target: Path, tp: int, version: int) -> dict[str, torch.Tensor]:
+        square = internlm and shape.intermediate // tp == shape.hidden
+        more = ["--max_shard", layout.max_shard, *(["--version", str(version)] if square else [])]
+        words = convert_words(source, target, tokenizer, *more, "--dtype", layout.dtype, "--verify")
+        outcome = run_script(f"convert2hf_{layout.family}", words)
+        assert outcome.status == 0, outcome
+        return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+    full = build(folder / "source", layout.family, **layout.choices)
+    expected = {name: tensor.to(DTYPES[layout.dtype]) for name, tensor in full.items()}
+    found = converted(folder / "source", folder / "hf", layout.choices["tp"], layout.choices["mlp_version"])
+    _assert_same(found, expected)
+
+    flags = ["--embed_split"] if layout.embed_split else []
+    flags += ["--version", str(layout.version_back)] if internlm else []
+    words = revert_words(folder / "hf", folder / "back", layout.tp_back, *flags, "--verify")
+    outcome = run_script(f"revert_{layout.family}", words)
+    assert outcome.status == 0, outcome
+    if layout.choices["dtype"] is DTYPES[layout.dtype] and not layout.choices["norm_head"]:
+        _check_reverted(layout, folder)
+    converted(folder / "back", folder / "again", layout.tp_back, layout.version_back)
+    first, second = contents(folder / "hf"), contents(folder / "again")
+    different = [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)]
+    # the training framework's epsilon and rotary base went through model_config.pt, and came back
+    assert not different, different
+
+
+def _check_reverted(layout: Layout, folder: Path) -> None:
+    """The shards are those that training would have written in this layout."""
+    kept = {key: layout.choices[key] for key in ("shape", "dtype", "bias", "seed")}
+    written = {
+        "tp": layout.tp_back,
+        "embedding": "hidden" if layout.embed_split else "vocabulary",
+        "mlp_version": layout.version_back,
+    }
+    build(folder / "oracle", layout.family, **kept, **written)
+    names = sorted(path.name for path in (folder / "oracle").glob("model_tp*.pt"))
+    assert names == sorted(path.name for path in (folder / "back").glob("model_tp*.pt"))
+    for name in names:
+        _assert_same(torch.load(folder / "back" / name), torch.load(folder / "oracle" / name))
+
+
+def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+# ----------------------------------------------------------------------------------------------------------- damage
+
+
+class Subject:
+    """A source folder and a command that reads it with --verify. `kind` is what holds the weights:
+
+    shards         an InternEvo checkpoint, 2 x 2 shards
+    safetensors    a Hugging Face folder, several files and an index
+    bin            a Hugging Face folder with .bin files and their index
+    """
+
+    def __init__(self, root: Path, family: str, kind: str, tokenizer: Path) -> None:
+        self._root, self._family, self._kind = root, family, kind
+        self.tokenizer = root / "tokenizer.model"
+        root.mkdir()
+        shutil.copy(tokenizer, self.tokenizer)
+        build(root / "checkpoint", family, shape=TINY[family], tp=2, pp=2, bias=family == "internlm")
+        self._source = root / "checkpoint"
+        if kind != "shards":
+            self._make_folder()
+        assert run_script(*self._command()).status == 0
+        self._expected = contents(root / "target")
+        shutil.rmtree(root / "target")
+        weights = "model*" if kind == "shards" else f"*.{kind}"
+        self.weights = sorted(self._source.glob(weights))
+        self.settings = sorted(self._source.glob("*.json")) if kind != "shards" else []
+        self.settings = [path for path in self.settings if path.name == "config.json" or "index" in path.name]
+
+    def _make_folder(self) -> None:
+        words = convert_words(self._source, self._root / "hf", self.tokenizer, "--max_shard", "20KB")
+        assert run_script(f"convert2hf_{self._family}", words).status == 0
+        self._source = self._root / "hf"
+        if self._kind == "bin":
+            index: dict[str, str] = {}
+            for number, path in enumerate(sorted(self._source.glob("*.safetensors"))):
+                name = f"pytorch_model-{number}.bin"
+                tensors = load_file(path)
+                torch.save(tensors, self._source / name)
+                index |= dict.fromkeys(tensors, name)
+                path.unlink()
+            (self._source / "model.safetensors.index.json").unlink()
+            (self._source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+
+    def _command(self) -> tuple[str, list[str]]:
+        target = self._root / "target"
+        if self._kind == "shards":
+            return f"convert2hf_{self._family}", convert_words(self._source, target, self.tokenizer, "--verify")
+        return f"revert_{self._family}", revert_words(self._source, target, 2, "--embed_split", "--verify")
+
+    def check(self, path: Path, content: bytes) -> str:
+        """Runs the command while `path` holds `content`; what happened:
+
+        refused    one sentence, and nothing is there
+        exact      all that is written is as without the change, to the byte
+        setting    all weights are as without the change, but a setting that nothing confirms is another
+        pieces     all but the tokenizer is as without the change; that is copied as it is
+        """
+        original = path.read_bytes()
+        path.write_bytes(content)
+        try:
+            outcome = run_script(*self._command())
+        finally:
+            path.write_bytes(original)
+        target = self._root / "target"
+        if outcome.status:
+            assert_refused(outcome)
+            left = {"checkpoint", "tokenizer.model", "target", "hf"} & {entry.name for entry in self._root.iterdir()}
+            assert "target" not in left
+            assert len(list(self._root.iterdir())) == len(left)
+            return "refused"
+        found = contents(target)
+        shutil.rmtree(target)
+        names = found.keys() | self._expected.keys()
+        different = {name for name in names if found.get(name) != self._expected.get(name)}
+        if not different:
+            return "exact"
+        if different == {"tokenizer.model"} and path == self.tokenizer:
+            return "pieces"
+        assert path in self.settings, f"{path.name} damaged: {sorted(different)} differ"
+        assert different == {"model_config.pt"}, different
+        return "setting"
+
+
+def structure(path: Path) -> list[int]:
+    """The positions of the bytes that are not a tensor's."""
+    size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        return list(range(8 + int.from_bytes(path.read_bytes()[:8], "little")))
+    if path.suffix != ".pt" and path.suffix != ".bin":
+        return list(range(size))
+    positions = set(range(size))
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if "/data/" in info.filename:
+                file.seek(info.header_offset + 26)
+                lengths = file.read(4)  # of the name and of the extra field
+                start = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+                positions -= set(range(start, start + info.file_size))
+    return sorted(positions)
+
+
+def payload(path: Path) -> list[int]:
+    """The positions of the bytes of tensors."""
+    return sorted(set(range(path.stat().st_size)) - set(structure(path)))
+
+
+def with_flip(path: Path, position: int, mask: int) -> bytes:
+    """The content of a file with the bits `mask` of one byte changed."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= mask
+    return bytes(content)
+
+
+def with_cut(path: Path, length: int) -> bytes:
+    """The first `length` bytes of a file."""
+    return path.read_bytes()[:length]

@@ -1,0 +1,130 @@
+"""generate() in its ways, and compiled and exported forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.model_families import FAMILIES, Family, tokens
+
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+over_ropes = pytest.mark.parametrize("rope", ["origin", "dynamic"])
+over_backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int = 12, **kwargs: Any) -> torch.Tensor:
+    """`new` greedy tokens after ids, whatever they are."""
+    return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs)[:, -new:]
+
+
+@over_families
+@over_ropes
+@over_backends
+def test_greedy_with_and_without_a_cache(family: Family, rope: str, backend: str) -> None:
+    model = family.model(rope, attn_implementation=backend)
+    ids = tokens(2, 10)
+    assert torch.equal(greedy(model, ids), greedy(model, ids, use_cache=False))
+
+
+@over_families
+@over_ropes
+@over_backends
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_left_padded_rows_go_on_as_they_do_alone(family: Family, rope: str, backend: str, cache: str) -> None:
+    model = family.model(rope, attn_implementation=backend)
+    model.generation_config.disable_compile = True
+    rows = [tokens(1, 6, seed=1), tokens(1, 11, seed=2)]
+    ids = torch.stack([torch.nn.functional.pad(row[0], (14 - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([torch.arange(14) >= 14 - row.shape[1] for row in rows]).long()
+    batch = greedy(model, ids, attention_mask=mask, cache_implementation=cache)
+    assert torch.equal(batch, torch.cat([greedy(model, row) for row in rows]))
+
+
+@over_families
+@over_ropes
+def test_beam_search_with_and_without_a_cache(family: Family, rope: str) -> None:
+    model = family.model(rope)
+    ids = tokens(2, 8, seed=3)
+    settings = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
+    cached = model.generate(ids, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    assert cached.shape[1] > ids.shape[1]
+
+
+@over_families
+@over_ropes
+def test_sampling_repeats_with_the_seed(family: Family, rope: str) -> None:
+    model = family.model(rope)
+    ids = tokens(1, 8)
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        samples.append(model.generate(ids, max_new_tokens=8, do_sample=True, top_k=20))
+    assert torch.equal(*samples)
+
+
+@over_families
+@over_ropes
+@pytest.mark.parametrize("draft", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+def test_drafted_tokens_change_nothing(family: Family, rope: str, draft: dict[str, int]) -> None:
+    """Tokens guessed from the prompt, or by the first layers alone, are checked by the whole model."""
+    model = family.model(rope)
+    ids = tokens(1, 9).repeat(1, 2)
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(ids, **settings, **draft), model.generate(ids, **settings))
+
+
+@over_families
+def test_generation_from_embeddings(family: Family) -> None:
+    model = family.model()
+    ids = tokens(1, 8)
+    embeds = model.get_input_embeddings()(ids)
+    generated = model.generate(inputs_embeds=embeds, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(generated, greedy(model, ids, 6))
+
+
+@over_families
+@over_ropes
+@over_backends
+@torch.no_grad()
+def test_forward_compiles_as_one_graph(family: Family, rope: str, backend: str) -> None:
+    """No branch on data: one graph serves sequences below and beyond the trained length."""
+    torch.compiler.reset()
+    model = family.model(rope, attn_implementation=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for length in (20, 48):
+        ids = tokens(2, length)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 2] = 0
+        actual = compiled(ids, attention_mask=mask, use_cache=False).logits[mask == 1]
+        torch.testing.assert_close(actual, model(ids, attention_mask=mask).logits[mask == 1], atol=1e-4, rtol=1e-4)
+
+
+@over_families
+@over_ropes
+@torch.no_grad()
+def test_static_cache_decoding_compiles_as_one_graph(family: Family, rope: str) -> None:
+    from transformers import StaticCache
+
+    torch.compiler.reset()
+    model = family.model(rope, attn_implementation="sdpa")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = tokens(1, 16)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    model(ids[:, :12], past_key_values=cache)
+    for position in range(12, 16):
+        positions = torch.tensor([[position]])
+        logits = compiled(ids[:, position : position + 1], position_ids=positions, past_key_values=cache).logits
+    torch.testing.assert_close(logits[:, -1], model(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@over_families
+@over_ropes
+@torch.no_grad()
+def test_forward_exports(family: Family, rope: str) -> None:
+    model = family.model(rope)
+    ids = tokens(2, 16)
+    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(ids, use_cache=False).logits, model(ids).logits)

@@ -1,0 +1,88 @@
+"""The whole way on small checkpoints: convert, load with transformers, generate, revert, compare bit by bit.
+
+InternLM2 comes from shards that the training framework saved (tensor-parallel size 2, in tests/support/data), with
+the logits that the training model itself gave. For InternLM a checkpoint of the same kind is made on the spot.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.support.checkpoints import build
+from tests.support.tokenizer_fixture import train_tokenizer
+from weight_conversion.folders.internevo_folder import SHARD
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CHECKPOINT = REPOSITORY / "tests" / "support" / "data" / "internevo" / "internlm2_tp2"
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="demo_") as temporary:
+        work = Path(temporary)
+        tokenizer = train_tokenizer(work / "tokenizer.model")
+        build(work / "internlm_tp2", "internlm", tp=2, bias=True, embedding="vocabulary")
+        differences = [
+            show("internlm2", CHECKPOINT, tokenizer, work),
+            show("internlm", work / "internlm_tp2", tokenizer, work),
+        ]
+    return 1 if any(differences) else 0
+
+
+def show(family: str, source: Path, tokenizer: Path, work: Path) -> int:
+    """Takes one checkpoint there and back; returns how many tensors came back different."""
+    hf, back = work / f"{family}_hf", work / f"{family}_back"
+    print(f"\n== {family}: {len(list(source.glob('model_tp*.pt')))} shards of InternEvo")
+    run(f"convert2hf_{family}.py", "--src", source, "--tgt", hf, "--tokenizer", tokenizer, "--dtype", "float32")
+    load_and_generate(hf, source / "expected_logits.pt")
+    run(f"revert_{family}.py", "--src", hf, "--tgt", back, "--tp_size", 2, "--use_flash")
+    return compare(source, back)
+
+
+def run(script: str, *arguments: object) -> None:
+    words = [str(word) for word in arguments]
+    print(f"$ python {script} {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, script, *words], cwd=REPOSITORY, check=True)
+
+
+def load_and_generate(folder: Path, expected: Path) -> None:
+    logging.disable(logging.WARNING)  # of libraries that transformers finds installed and looks into
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    if expected.exists():
+        record = torch.load(expected)
+        with torch.no_grad():
+            difference = (model(record["input_ids"]).logits - record["logits"]).abs().max().item()
+        print(f"logits: largest difference from the training model's own {difference:.1e}")
+    inputs = tokenizer("the river runs", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    said = tokenizer.decode(tokens[0])
+    print(f"{type(model).__name__} and {type(tokenizer).__name__} load; random weights say: {said!r}")
+
+
+def compare(source: Path, back: Path) -> int:
+    """Compares every tensor of every shard; prints what came of it."""
+    same = different = 0
+    for shard in sorted(path.name for path in source.iterdir() if SHARD.fullmatch(path.name)):
+        before, after = (torch.load(folder / shard, weights_only=True) for folder in (source, back))
+        for name in before.keys() | after.keys():
+            if name in before and name in after and torch.equal(before[name], after[name]):
+                same += 1
+            else:
+                different += 1
+                print(f"  {shard}: {name} differs")
+    print(f"there and back: {same} tensors equal bit for bit, {different} different")
+    return different
+
+
+if __name__ == "__main__":
+    sys.exit(main())

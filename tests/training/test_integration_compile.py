@@ -1,0 +1,101 @@
+"""generate() that compiles itself, and exported programs that take batches of any size."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from internlm_model.modeling_internlm import project
+from tests.support.model_families import FAMILIES, Family, tokens
+
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+over_ropes = pytest.mark.parametrize("rope", ["origin", "dynamic"])
+
+
+def small(family: Family, rope: str) -> Any:
+    """One layer of fresh weights: compiling takes long enough."""
+    torch.manual_seed(0)
+    config = family.config(rope, attn_implementation="sdpa", num_hidden_layers=1, initializer_range=0.2)
+    return family.cls("ForCausalLM")(config).eval()
+
+
+@over_families
+@over_ropes
+def test_generate_with_a_static_cache_compiles_its_steps(family: Family, rope: str) -> None:
+    """As generate() does by itself on a GPU: one graph, without a break, for every step of decoding."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small(family, rope)
+    compiling = CompileConfig(backend="aot_eager", fullgraph=True)
+    compiling._compile_all_devices = True  # the CPU, too
+    ids = torch.nn.functional.pad(tokens(2, 9), (3, 0))
+    mask = (torch.arange(12) >= 3).long().expand(2, -1)
+    settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    compiled = model.generate(ids, **settings, cache_implementation="static", compile_config=compiling)
+    assert torch.equal(compiled, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@over_families
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@torch.no_grad()
+def test_compiled_projections_keep_their_biases(family: Family, autocast: bool) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    config = family.config(bias=True, num_hidden_layers=1, initializer_range=0.2)
+    model = family.cls("ForCausalLM")(config).eval()
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    for bias in biases:
+        torch.nn.init.normal_(bias)
+    assert biases
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ids in (tokens(1, 1), tokens(2, 9)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            actual, expected = compiled(ids, use_cache=True), model(ids, use_cache=True)
+        keys, expected_keys = (outputs.past_key_values.layers[0].keys for outputs in (actual, expected))
+        assert keys.dtype == expected_keys.dtype == (torch.bfloat16 if autocast else torch.float32)
+        limit = 0.1 if autocast else 1e-4
+        torch.testing.assert_close(keys, expected_keys, atol=limit, rtol=limit)
+        torch.testing.assert_close(actual.logits, expected.logits, atol=limit, rtol=limit)
+
+
+@torch.no_grad()
+def test_a_compiled_projection_that_is_more_than_linear_is_called() -> None:
+    """Hooks, as offloading and tensor parallelism set them, and other classes, as quantization does."""
+    torch.manual_seed(0)
+    plain, states = torch.nn.Linear(8, 8), torch.randn(2, 3, 8)
+    hooked, replaced, other = (copy.deepcopy(plain) for _ in range(3))
+    hooked.register_forward_hook(lambda module, arguments, output: 2 * output)
+    replaced.forward = lambda states: torch.nn.functional.linear(states, plain.weight) - 1  # type: ignore[method-assign]
+    other.__class__ = type("Other", (torch.nn.Linear,), {"forward": lambda self, states: states + 3})
+    for linear in (plain, hooked, replaced, other):
+        torch.compiler.reset()
+        compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(linear, states), linear(states))
+
+
+@over_families
+@over_ropes
+@torch.no_grad()
+def test_an_exported_program_takes_any_batch_and_length(family: Family, rope: str, tmp_path: Path) -> None:
+    model = small(family, rope)
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=64)}
+    arguments = {"input_ids": tokens(2, 16), "attention_mask": torch.ones(2, 16, dtype=torch.long), "use_cache": False}
+    dynamic = {"input_ids": shape, "attention_mask": shape, "use_cache": None}
+    program = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for batch, length in ((1, 7), (3, 48)):
+        ids = tokens(batch, length)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 2] = 0
+        logits = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        expected = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,66 @@
+"""Weights quantized by torchao while a folder is loaded, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
+from torchao.utils import TorchAOBaseTensor
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+from tests.support.model_families import FAMILIES, INTERNLM, Family, tokens
+
+INT8, INT4 = Int8WeightOnlyConfig(), IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+INT8_ACTIVATIONS = Int8DynamicActivationInt8WeightConfig()
+
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="cpu", **kwargs)
+
+
+def quantized(family: Family, kind: Any, folder: Path) -> Any:
+    """The golden model, all linear layers but the head quantized."""
+    family.model("dynamic").save_pretrained(folder)
+    model = load(folder, quantization_config=TorchAoConfig(kind))
+    head = model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    assert len(linears) == model.config.num_hidden_layers * (7 if family is INTERNLM else 5)
+    assert all(isinstance(linear.weight, TorchAOBaseTensor) for linear in linears)
+    return model
+
+
+@over_families
+@pytest.mark.parametrize("kind", [INT8, INT4], ids=["int8", "int4 in groups of 32"])
+@torch.no_grad()
+def test_quantized_weights_compute_what_their_values_do(family: Family, kind: Any, tmp_path: Path) -> None:
+    model, ids = quantized(family, kind, tmp_path), tokens(2, 40)
+    plain = family.model("dynamic")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, TorchAOBaseTensor):
+            plain.get_parameter(name).copy_(parameter.dequantize())
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids[:, :8], **settings), plain.generate(ids[:, :8], **settings))
+
+
+@over_families
+@torch.no_grad()
+def test_quantized_activations_change_little(family: Family, tmp_path: Path) -> None:
+    ids = tokens(2, 40)
+    exact, near = family.model("dynamic")(ids).logits, quantized(family, INT8_ACTIVATIONS, tmp_path)(ids).logits
+    assert (near - exact).var() < 0.01 * exact.var()
+
+
+@over_families
+@pytest.mark.parametrize("kind", [INT8, INT4, INT8_ACTIVATIONS], ids=["int8", "int4", "int8 activations"])
+@torch.no_grad()
+def test_a_quantized_model_is_saved_and_loaded(family: Family, kind: Any, tmp_path: Path) -> None:
+    model, ids = quantized(family, kind, tmp_path / "plain"), tokens(2, 40)
+    model.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(load(tmp_path / "quantized")(ids).logits, model(ids).logits)

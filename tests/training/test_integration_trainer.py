@@ -1,0 +1,139 @@
+"""transformers' Trainer on both families: learning, resuming, accumulating, padding-free batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from tests.support.model_families import FAMILIES, Family, tokens
+
+over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+LENGTHS = [5, 16, 9, 3, 12, 7, 20, 11]
+
+
+class Padding:
+    """Pads ids and masks on the right, and labels with -100."""
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(example["input_ids"]) for example in examples)
+        fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+        return {
+            key: torch.tensor([example[key] + [fill] * (width - len(example[key])) for example in examples])
+            for key, fill in fills.items()
+        }
+
+
+def examples(repeat: int = 1) -> list[dict[str, list[int]]]:
+    rows = [tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
+    return [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in rows] * repeat
+
+
+def trainer(model: Any, folder: Path, collator: Any = None, **settings: Any) -> Trainer:
+    """A Trainer on the CPU that logs the loss of every step."""
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "seed": 1,
+    }
+    arguments = TrainingArguments(**(defaults | settings))
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples(),
+        eval_dataset=examples(),
+        data_collator=collator or Padding(),
+    )
+
+
+def losses(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@over_families
+def test_twenty_steps_lower_the_loss(family: Family, tmp_path: Path) -> None:
+    run = trainer(family.model("dynamic"), tmp_path, max_steps=20, learning_rate=2e-3)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert len(losses(run)) == 20
+    assert run.evaluate()["eval_loss"] < before / 2
+
+
+@over_families
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(family: Family, tmp_path: Path) -> None:
+    whole = trainer(family.model(), tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed = trainer(family.model(), tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
+
+
+@over_families
+def test_accumulated_gradients_are_those_of_the_large_batch(family: Family, tmp_path: Path) -> None:
+    """Every token counts the same, however the batch is cut: the loss is told how many tokens there are in all."""
+    whole = trainer(family.model(), tmp_path, max_steps=3, per_device_train_batch_size=8)
+    parts = trainer(family.model(), tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    for run in (whole, parts):
+        run.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@over_families
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_padding_free_batches_train_as_padded_ones(family: Family, backend: str, tmp_path: Path) -> None:
+    padded = trainer(family.model("dynamic", attn_implementation=backend), tmp_path, max_steps=4)
+    flat = trainer(
+        family.model("dynamic", attn_implementation=backend), tmp_path, DataCollatorWithFlattening(), max_steps=4
+    )
+    for run in (padded, flat):
+        run.train()
+    assert losses(flat) == pytest.approx(losses(padded), rel=1e-4)
+
+
+@over_families
+def test_gradient_checkpointing_changes_no_loss(family: Family, tmp_path: Path) -> None:
+    runs = [trainer(family.model(), tmp_path, max_steps=3, gradient_checkpointing=on) for on in (False, True)]
+    for run in runs:
+        run.train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+
+
+@over_families
+def test_bfloat16_autocast_learns(family: Family, tmp_path: Path) -> None:
+    run = trainer(family.model(), tmp_path, max_steps=12, bf16=True)
+    run.train()
+    assert run.model.dtype == torch.float32
+    assert losses(run)[-1] < losses(run)[0] * 0.7
+
+
+@over_families
+def test_predictions_are_logits_alone(family: Family, tmp_path: Path) -> None:
+    """The cache that a pass returns is no part of what evaluation gathers."""
+    rows = tokens(4, 12)
+    dataset = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    model = family.model()
+    run = Trainer(model=model, args=trainer(model, tmp_path).args)
+    predicted = run.predict(dataset).predictions
+    torch.testing.assert_close(torch.tensor(predicted), model(rows).logits)
+
+
+@over_families
+def test_classification_learns(family: Family, tmp_path: Path) -> None:
+    model = family.cls("ForSequenceClassification")(family.config(num_labels=2))
+    rows = tokens(8, 10)
+    dataset = [{"input_ids": row, "labels": index % 2} for index, row in enumerate(rows)]
+    run = Trainer(model=model, args=trainer(model, tmp_path, max_steps=20).args, train_dataset=dataset)
+    run.train()
+    assert model.eval()(rows).logits.argmax(-1).tolist() == [0, 1] * 4

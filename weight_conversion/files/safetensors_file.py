@@ -1,0 +1,144 @@
+"""The safetensors format: one file of tensors that can be mapped into memory.
+
+    [ 8 bytes: header length n, little endian ][ n bytes: JSON header, padded with spaces ][ tensors, back to back ]
+    header: {"__metadata__": {"format": "pt"}, name: {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}}
+
+Offsets count from the end of the header. Files are laid out as the safetensors library does it (element types from
+wide to narrow, then by name), so they are the same to the byte as `save_pretrained` writes.
+Source: the format's documentation in the safetensors project.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConversionError, naming, shown
+from .views import StoredTensor, TensorSpec, contiguous_strides
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000
+"""The limit of the safetensors library: a larger header is a damaged file."""
+ALIGNMENT = 8
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name; ConversionError where the header does not describe the file to the byte."""
+    size = path.stat().st_size
+    with naming(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or length > min(MAX_HEADER, size - LENGTH_BYTES):
+            raise _broken(path, f"its header of {length} bytes does not fit a file of {size} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_names)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    start = LENGTH_BYTES + length
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
+    _check_coverage(path, list(tensors.values()), start, size)
+    return tensors
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(path, f"the entry of tensor {name!r} is not one of a tensor: {shown(entry)}") from error
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise _broken(path, f"tensor {name!r} has a negative or fractional size or offset: {shown(entry)}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise _broken(path, f"tensor {name!r} of shape {list(shape)} and {dtype} does not fill {end - begin} bytes")
+    return StoredTensor(name, path, start + begin, dtype, shape, contiguous_strides(shape))
+
+
+def _check_coverage(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """The tensors must fill the file from the header to its end, back to back."""
+    position = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != position:
+            raise _broken(path, f"tensor {tensor.name!r} starts at byte {tensor.offset}, expected {position}")
+        position += tensor.nbytes
+    if position != size:
+        raise _broken(path, f"its tensors end at byte {position}, the file at byte {size}: it is truncated or damaged")
+
+
+def _broken(path: Path, what: str) -> ConversionError:
+    return ConversionError(f"{path} is not a whole safetensors file: {what}. Copy or download it again.")
+
+
+class SafetensorsWriter:
+    """A safetensors file whose layout is known before its tensors are written.
+
+    `tensors` says where each one goes. `seal` has nothing left to do: the header is written when the file is made.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for spec in ordered:
+            end = position + spec.nbytes
+            entries[spec.name] = {
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % ALIGNMENT)
+        start = LENGTH_BYTES + len(header)
+        self.path = path
+        self.size = start + position
+        self._header = len(header).to_bytes(LENGTH_BYTES, "little") + header
+        self.tensors = {
+            spec.name: StoredTensor(
+                spec.name,
+                path,
+                start + entries[spec.name]["data_offsets"][0],
+                spec.dtype,
+                spec.shape,
+                contiguous_strides(spec.shape),
+            )
+            for spec in ordered
+        }
+
+    def create(self) -> None:
+        """Makes the file at its full size and writes the header."""
+        with naming(self.path), self.path.open("xb") as file:
+            file.truncate(self.size)
+            file.write(self._header)
+
+    def seal(self, checksums: dict[str, int]) -> None:
+        """The format has no checksums: nothing to add."""

@@ -1,0 +1,434 @@
+"""The file format of torch.save (.pt, .bin): a zip archive of a pickle and of the bytes of its tensors.
+
+    [ local header | stem/data.pkl     ]  pickle: name -> _rebuild_tensor_v2(storage id, offset, shape, strides)
+    [ local header | stem/byteorder    ]  "little"
+    [ local header | pad | stem/data/0 ]  the elements of storage 0, stored (never compressed), 64-byte aligned
+    [ ...                              ]
+    [ local header | stem/version      ]  "3"
+    [ central directory: name, CRC-32, size, position of every record ][ end records ]
+
+Reading runs no pickled code: the unpickler below knows the few names that a state dict or a model configuration
+needs, gives plain data for them and refuses every other name. Tensors are found, not loaded.
+Sources: the zip application note (APPNOTE 6.3), torch's notes on serialization.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import ConversionError, naming, shown
+from .views import StoredTensor, TensorSpec, contiguous_strides
+
+STORAGE_TYPES: dict[torch.dtype, type] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
+DTYPES_BY_STORAGE_NAME = {storage.__name__: dtype for dtype, storage in STORAGE_TYPES.items()}
+DTYPE_NAMES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
+
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+ZIP64_END = struct.Struct("<4sQ2H2I4Q")
+ZIP64_LOCATOR = struct.Struct("<4sIQI")
+END = struct.Struct("<4s4H2IH")
+ZIP64_LIMIT = 0xFFFFFFFF
+UTF8_NAMES = 0x800
+EARLIEST_DATE = 0x21
+"""1 January 1980: a fixed date keeps the same tensors the same file."""
+TENSOR_ALIGNMENT = 64
+LARGEST = (1 << 63) - 1
+"""No file position, size or stride is larger."""
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_state_dict(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a saved state dict by name; ConversionError where the file holds anything else."""
+    content, records = _read_pickle(path)
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, expected a dict of tensors by name.")
+    return {name: _stored(path, name, value, records) for name, value in content.items()}
+
+
+def read_plain_dict(path: Path) -> dict[str, Any]:
+    """A saved dict of plain values (a model configuration); ConversionError where the file holds anything else."""
+    content, _ = _read_pickle(path)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, expected a dict of settings by name.")
+    return dict(content)
+
+
+def check_records(path: Path) -> None:
+    """Reads every record and compares its CRC-32; ConversionError names the first that differs."""
+    try:
+        with naming(path), zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises many kinds of errors
+        raise ConversionError(f"{path} is damaged ({error}). Copy it again from where it was saved.") from error
+    if damaged is not None:
+        raise ConversionError(f"{path} is damaged: the checksum of its record {damaged!r} does not fit. Copy it again.")
+
+
+class _Record(NamedTuple):
+    position: int
+    size: int
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+class _Tensor(NamedTuple):  # a tuple, because a pickle can change no field of it
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _StateDict(dict[Any, Any]):
+    """Stands for OrderedDict and for the training framework's Config: a dict that takes no attributes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """A state dict's `_metadata` (module versions) is not a weight."""
+
+
+class _Call:
+    """A function that a pickle may call; it takes no attributes, so that a pickle cannot change it."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise pickle.UnpicklingError("it sets an attribute of a function")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
+def _rebuild_tensor(
+    storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_unused: Any
+) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError(f"it makes a tensor of {shown(storage)}, which is no tensor storage")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: _Tensor, *_unused: Any) -> _Tensor:
+    return tensor
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _StateDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Call(_rebuild_parameter),
+    ("torch", "Size"): _Call(tuple),
+    **{("torch", name): dtype for name, dtype in DTYPES_BY_STORAGE_NAME.items()},
+    **{("torch", name): getattr(torch, name) for name in DTYPE_NAMES},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Gives plain data for the names that checkpoints need and refuses every other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "Config" and module.split(".")[0] == "internlm":
+            return _StateDict
+        try:
+            return _KNOWN[module, name]
+        except KeyError:
+            asked = f"{module}.{name}"
+            raise pickle.UnpicklingError(f"it asks for {asked!r:.200}, which no checkpoint needs") from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _location, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"it refers to {shown(pid)}, which is no tensor storage")
+        return _Storage(key, dtype, numel)
+
+
+def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
+    """The unpickled content and the tensor storages by key."""
+    try:
+        with naming(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            located = {info.filename: _locate(file, info) for info in infos}
+            pickles = [info.filename for info in infos if info.filename.split("/", 1)[-1] == "data.pkl"]
+            if len(located) != len(infos) or len(pickles) != 1:
+                raise zipfile.BadZipFile("it has not each record once, data.pkl among them")
+            prefix = pickles[0].removesuffix("data.pkl")
+            content = archive.read(pickles[0])
+            if prefix + "byteorder" in located and archive.read(prefix + "byteorder") != b"little":
+                raise ConversionError(f"{path} was saved on a big-endian machine, which is not supported.")
+            data = prefix + "data/"
+            records = {name.removeprefix(data): at for name, at in located.items() if name.startswith(data)}
+    except ConversionError:
+        raise
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises many kinds of errors
+        raise _unreadable(path, error) from error
+    try:
+        return _Unpickler(io.BytesIO(content)).load(), records
+    except Exception as error:  # a damaged or hostile pickle raises any kind of error
+        raise ConversionError(
+            f"{path} is not a file of tensors or settings that can be trusted: {error}. Nothing in it was run."
+        ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConversionError:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"\x80\x02":
+        return ConversionError(
+            f"{path} is in the format that torch.save had before torch 1.6. Save it again with a newer torch."
+        )
+    return ConversionError(
+        f"{path} is not a whole torch.save file ({str(error) or type(error).__name__}): it is empty, truncated or "
+        "damaged. Copy it again from where it was saved."
+    )
+
+
+def _locate(file: io.BufferedReader, info: zipfile.ZipInfo) -> _Record:
+    """Where a stored record's bytes lie: behind its local header, which repeats its name."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise zipfile.BadZipFile(f"record {info.filename!r} is compressed")
+    if info.header_offset < 0:
+        raise zipfile.BadZipFile(f"record {info.filename!r} starts before the file")
+    file.seek(info.header_offset)
+    fields = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    name = file.read(fields[-2]).decode("utf-8" if fields[2] & UTF8_NAMES else "cp437")
+    position = info.header_offset + LOCAL_HEADER.size + fields[-2] + fields[-1]
+    found = fields[0] == b"PK\x03\x04" and name == info.orig_filename
+    if not found or position + info.file_size > os.fstat(file.fileno()).st_size:
+        raise zipfile.BadZipFile(f"record {info.filename!r} is not where the directory says")
+    return _Record(position, info.file_size)
+
+
+def _stored(path: Path, name: object, value: object, records: Mapping[str, _Record]) -> StoredTensor:
+    if not isinstance(name, str) or not isinstance(value, _Tensor):
+        raise ConversionError(
+            f"{path} holds a {type(value).__name__} under {shown(name)}, expected only tensors by name."
+        )
+    storage, dtype = value.storage, value.storage.dtype
+    numbers = (value.offset, *value.shape, *value.strides, storage.numel)
+    well_formed = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
+    if not well_formed or len(value.shape) != len(value.strides):
+        raise ConversionError(f"{path}: tensor {name!r} has a shape or position that no tensor has.")
+    record = records.get(storage.key)
+    if record is None or record.size != storage.numel * dtype.itemsize:
+        found = "no record" if record is None else f"a record of {record.size} bytes"
+        raise ConversionError(
+            f"{path}: tensor {name!r} needs {storage.numel * dtype.itemsize} bytes in storage {storage.key!r}, "
+            f"found {found}. The file is damaged; copy it again."
+        )
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.strides, strict=True))
+    if 0 not in value.shape and value.offset + last >= storage.numel:
+        raise ConversionError(
+            f"{path}: tensor {name!r} reaches beyond its storage. The file is damaged; copy it again."
+        )
+    offset = record.position + value.offset * dtype.itemsize
+    return StoredTensor(name, path, offset, dtype, value.shape, value.strides)
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_plain_dict(path: Path, content: Mapping[str, Any]) -> None:
+    """Saves a dict of plain values as torch.save does."""
+    buffer = io.BytesIO()  # writing a file itself, torch.save reports a full disk without path and reason
+    torch.save(dict(content), buffer)
+    with naming(path):
+        path.write_bytes(buffer.getvalue())
+
+
+class _StorageRef(NamedTuple):
+    key: str
+    spec: TensorSpec
+
+
+class _TensorRef(NamedTuple):
+    storage: _StorageRef
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as torch.save does: a call that rebuilds them from a storage kept outside the pickle."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if type(obj) is not _StorageRef:
+            return None
+        return "storage", STORAGE_TYPES[obj.spec.dtype], obj.key, "cpu", obj.spec.numel
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is not _TensorRef:
+            return NotImplemented
+        shape = obj.storage.spec.shape
+        # storage, storage offset, shape, strides, requires_grad, backward hooks
+        args: tuple[Any, ...] = (obj.storage, 0, shape, contiguous_strides(shape), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, args
+
+
+@dataclass
+class _Entry:
+    """One record of the archive that is being written; `content` is None where the tensor's bytes go."""
+
+    name: bytes
+    size: int
+    content: bytes | None
+    header: int = 0
+    data: int = 0
+    crc: int = 0
+
+    def place(self, position: int, alignment: int) -> int:
+        """Fixes where header and data lie, from `position` on; returns the record's end."""
+        self.header = position
+        data = position + LOCAL_HEADER.size + len(self.name) + len(self._zip64()) + 4
+        self.data = data + -data % alignment
+        return self.data + self.size
+
+    def _zip64(self, with_position: bool = False) -> bytes:
+        sizes = (self.size, self.size) if self.size >= ZIP64_LIMIT else ()
+        numbers = (*sizes, self.header) if with_position and self.header >= ZIP64_LIMIT else sizes
+        return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+
+    def local_header(self) -> bytes:
+        zip64 = self._zip64()
+        fixed = LOCAL_HEADER.size + len(self.name) + len(zip64) + 4
+        padding = self.data - self.header - fixed
+        extra = zip64 + struct.pack("<HH", 0x4246, padding) + b"Z" * padding
+        size = min(self.size, ZIP64_LIMIT)
+        return (
+            LOCAL_HEADER.pack(
+                b"PK\x03\x04",
+                45,
+                UTF8_NAMES,
+                0,
+                0,
+                EARLIEST_DATE,
+                self.crc,
+                size,
+                size,
+                len(self.name),
+                len(extra),
+            )
+            + self.name
+            + extra
+        )
+
+    def central_header(self) -> bytes:
+        extra = self._zip64(with_position=True)
+        size, position = min(self.size, ZIP64_LIMIT), min(self.header, ZIP64_LIMIT)
+        fields = (
+            45,
+            45,
+            UTF8_NAMES,
+            0,
+            0,
+            EARLIEST_DATE,
+            self.crc,
+            size,
+            size,
+            len(self.name),
+            len(extra),
+            0,
+            0,
+            0,
+        )
+        return CENTRAL_HEADER.pack(b"PK\x01\x02", *fields, 0, position) + self.name + extra
+
+
+class TorchFileWriter:
+    """A torch.save file whose layout is known before its tensors are written.
+
+    `tensors` says where each one goes; `seal` adds the checksums of what was written there and closes the archive.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        stem = path.stem
+        buffer = io.BytesIO()
+        state = OrderedDict((spec.name, _TensorRef(_StorageRef(str(i), spec))) for i, spec in enumerate(specs))
+        _Pickler(buffer, protocol=2).dump(state)
+        first = [self._small(stem, "data.pkl", buffer.getvalue()), self._small(stem, "byteorder", b"little")]
+        data = [_Entry(f"{stem}/data/{i}".encode(), spec.nbytes, None) for i, spec in enumerate(specs)]
+        self._entries = [*first, *data, self._small(stem, "version", b"3\n")]
+        self._records = {spec.name: entry for spec, entry in zip(specs, data, strict=True)}
+        position = 0
+        for entry in self._entries:
+            position = entry.place(position, TENSOR_ALIGNMENT if entry.content is None else 1)
+        self._directory = position
+        self.path = path
+        self.size = position + len(self._closing())
+        self.tensors = {
+            spec.name: StoredTensor(spec.name, path, entry.data, spec.dtype, spec.shape, contiguous_strides(spec.shape))
+            for spec, entry in zip(specs, data, strict=True)
+        }
+
+    @staticmethod
+    def _small(stem: str, name: str, content: bytes) -> _Entry:
+        return _Entry(f"{stem}/{name}".encode(), len(content), content, crc=zlib.crc32(content))
+
+    def create(self) -> None:
+        """Makes the file at its full size."""
+        with naming(self.path), self.path.open("xb") as file:
+            file.truncate(self.size)
+
+    def seal(self, checksums: Mapping[str, int]) -> None:
+        """Writes the headers and the directory; `checksums` has the CRC-32 of every tensor's bytes by name."""
+        for name, entry in self._records.items():
+            entry.crc = checksums[name]
+        with naming(self.path), self.path.open("r+b") as file:
+            for entry in self._entries:
+                file.seek(entry.header)
+                file.write(entry.local_header() + (entry.content or b""))
+            file.seek(self._directory)
+            file.write(self._closing())
+
+    def _closing(self) -> bytes:
+        """The central directory and the end records, the 64-bit ones always: one form for every size."""
+        directory = b"".join(entry.central_header() for entry in self._entries)
+        count, size, start = len(self._entries), len(directory), self._directory
+        end64 = ZIP64_END.pack(b"PK\x06\x06", ZIP64_END.size - 12, 45, 45, 0, 0, count, count, size, start)
+        locator = ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
+        short_count, short_start = min(count, 0xFFFF), min(start, ZIP64_LIMIT)
+        end = END.pack(b"PK\x05\x06", 0, 0, short_count, short_count, size, short_start, 0)
+        return directory + end64 + locator + end

@@ -1,0 +1,194 @@
+"""A Hugging Face folder: weights in one or several files, an index, config.json and the code of the model.
+
+    config.json, generation_config.json      settings
+    model.safetensors                        all tensors, or
+    model-0000i-of-0000n.safetensors         some of them, and
+    model.safetensors.index.json             {"metadata": {...}, "weight_map": {tensor: file}}
+    configuration_*.py, modeling_*.py, ...   the model's code, which transformers loads with trust_remote_code
+
+pytorch_model.bin, pytorch_model-*.bin and pytorch_model.bin.index.json are the same in the format of torch.save.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ..errors import ConversionError, naming, shown
+from ..files.safetensors_file import SafetensorsWriter, read_header
+from ..files.torch_file import check_records, read_state_dict
+from ..files.views import StoredTensor, TensorSpec
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weight files of a folder are named and read."""
+
+    single: str
+    sharded: str
+    read: Callable[[Path], dict[str, StoredTensor]]
+
+
+SAFETENSORS = WeightFormat("model.safetensors", "model-*.safetensors", read_header)
+TORCH = WeightFormat("pytorch_model.bin", "pytorch_model-*.bin", read_state_dict)
+
+
+@dataclass(frozen=True)
+class HFFolder:
+    """What a Hugging Face folder holds: raw config.json and, by name, where each tensor lies."""
+
+    folder: Path
+    format: WeightFormat
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
+    """Finds the tensors, reading headers only; ConversionError where the folder is not whole."""
+    config = read_json(folder / CONFIG)
+    weight_map, files = _weight_files(folder, weights)
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, tensor in weights.read(path).items():
+            if name in tensors:
+                raise ConversionError(f"tensor {name!r} is in {tensors[name].path} and in {path}. Remove one of them.")
+            tensors[name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].path.name != file:
+            raise ConversionError(
+                f"{folder / file} lacks tensor {name!r}, which {weights.single}{INDEX_SUFFIX} puts there."
+            )
+    return HFFolder(folder, weights, config, tensors)
+
+
+def verify_files(folder: HFFolder) -> None:
+    """Reads files that carry checksums whole (.bin) and checks them; safetensors carry none."""
+    if folder.format is TORCH:
+        for path in sorted({tensor.path for tensor in folder.tensors.values()}):
+            check_records(path)
+
+
+def has_weights(folder: Path, weights: WeightFormat) -> bool:
+    """Whether the folder holds weight files of this format."""
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is not a folder. --src takes a folder that save_pretrained wrote.")
+    names = (weights.single, weights.single + INDEX_SUFFIX)
+    return any((folder / name).exists() for name in names) or any(folder.glob(weights.sharded))
+
+
+def _weight_files(folder: Path, weights: WeightFormat) -> tuple[dict[str, str], list[Path]]:
+    """The index, empty where there is none, and the files to read."""
+    index_file = folder / (weights.single + INDEX_SUFFIX)
+    if index_file.exists() or index_file.is_symlink():
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConversionError(f"{index_file} has no 'weight_map' of tensor names to file names.")
+        files = [_inside(folder, name, index_file) for name in sorted(set(weight_map.values()))]
+        return weight_map, files
+    single = folder / weights.single
+    files = [single] if single.exists() else sorted(folder.glob(weights.sharded))
+    if not files:
+        raise ConversionError(f"{folder} holds neither {weights.single} nor {weights.sharded}.")
+    return {}, files
+
+
+def _inside(folder: Path, name: str, index_file: Path) -> Path:
+    path = folder / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ConversionError(
+            f"{index_file} names the file {shown(name)}, which is not a plain file name in its folder."
+        )
+    if not path.is_file():
+        raise ConversionError(
+            f"{index_file} names the file {shown(name)}, which is missing in its folder. Copy it, or fetch the folder "
+            "again."
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ConversionError where the file is missing or holds something else."""
+    if not path.is_file():
+        raise ConversionError(
+            f"{path} is missing. --src takes a Hugging Face folder; an InternEvo checkpoint is for convert2hf_*.py."
+        )
+    try:
+        with naming(path):
+            content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Safetensors files to be, and the index that goes with several of them."""
+
+    writers: list[SafetensorsWriter]
+    index: dict[str, Any] | None
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {name: tensor for writer in self.writers for name, tensor in writer.tensors.items()}
+
+
+def plan_weights(folder: Path, specs: Sequence[TensorSpec], max_shard_size: str) -> WeightFiles:
+    """Distributes the tensors over files as `save_pretrained(max_shard_size=...)` of transformers 5 does."""
+    by_name = {spec.name: spec for spec in sorted(specs, key=lambda spec: natural_order(spec.name))}
+    try:
+        if float(max_shard_size.rstrip("BKMGTbkmgt ")) <= 0:
+            raise ValueError(max_shard_size)
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except (ValueError, OverflowError) as error:
+        raise ConversionError(f"--max_shard {max_shard_size} is not a size such as 10GB or 500MB.") from error
+    writers = [
+        SafetensorsWriter(folder / file, [by_name[name] for name in names])
+        for file, names in split.filename_to_tensors.items()
+    ]
+    if not split.is_sharded:
+        return WeightFiles(writers, None)
+    metadata = {"total_parameters": sum(spec.numel for spec in specs), **split.metadata}
+    return WeightFiles(writers, {"metadata": metadata, "weight_map": split.tensor_to_filename})
+
+
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """Sort key of tensor names: part by part between dots, numbers by value (transformers saves in this order)."""
+    parts = [(part.rstrip("0123456789"), part) for part in name.split(".")]
+    return [(text, int(part[len(text) :] or -1)) for text, part in parts]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with naming(path):
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    write_json(folder / (SAFETENSORS.single + INDEX_SUFFIX), index)
+
+
+def copy_code(package: Path, folder: Path) -> Iterable[str]:
+    """Copies the modules of a model package beside the weights, where transformers looks for them."""
+    modules = sorted(path for path in package.glob("*.py") if path.name != "__init__.py")
+    for module in modules:
+        shutil.copyfile(module, folder / module.name)
+    return [module.name for module in modules]

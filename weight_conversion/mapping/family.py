@@ -1,0 +1,233 @@
+"""What a model family is to a conversion: its table, its configuration on both sides, its code and its tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError, shown
+from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint
+from ..tokenizer.tokenizer_files import TokenizerSpec
+from .rules import AttentionHeads, HeadLayout, ModelShape, Rule, Split
+from .table import LAYER, Layout, Row, Table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+LARGEST_SIZE = (1 << 31) - 1
+"""No model has a larger one; it keeps arithmetic with sizes from a damaged file small."""
+
+INTERMEDIATE_MULTIPLE = 256
+"""The training framework rounds the intermediate size up to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base, and dynamic NTK scaling by `factor` (None: no scaling)."""
+
+    theta: float
+    dynamic_factor: float | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. The functions differ between families, the flows that call them do not."""
+
+    name: str
+    model_type: str
+    package: str
+    table: Table
+    tokenizer: TokenizerSpec
+    layout_found: Callable[[TrainingCheckpoint, int | None], Layout]
+    """(checkpoint, --version or None) -> the choices that its tensors were saved under."""
+    layout_written: Callable[[bool, bool, int], Layout]
+    """(has biases, --embed_split, --version) -> the choices that reverting writes."""
+    hf_config: Callable[[Rope], dict[str, Any]]
+    """Keys of config.json that only this family has."""
+    training_config: Callable[[ModelShape, Mapping[str, Any], Rope], dict[str, Any]]
+    """(shape, config.json, rope) -> keys of model_config.pt that only this family has."""
+
+    @property
+    def code(self) -> Path:
+        return REPOSITORY / self.package
+
+
+def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> ModelShape:
+    """The model's sizes: from model_config.pt, and from the shards what it does not say or says differently.
+
+    Defaults are those of the training framework for keys that its configuration leaves out.
+    """
+    config, where = checkpoint.config, checkpoint.folder / MODEL_CONFIG
+    if config.get("num_layers", checkpoint.num_layers) != checkpoint.num_layers:
+        raise ConversionError(
+            f"{where} says num_layers = {config['num_layers']}, but the shards in {checkpoint.folder} hold "
+            f"{checkpoint.num_layers} layers. Shards are missing, or of another run."
+        )
+    heads = positive_integer(config, "num_attention_heads", where)
+    shape = ModelShape(
+        hidden_size=positive_integer(config, "hidden_size", where),
+        intermediate_size=_size_found("intermediate_size", checkpoint, table, layout),
+        vocab_size=_size_found("vocab_size", checkpoint, table, layout),
+        num_layers=checkpoint.num_layers,
+        num_heads=heads,
+        num_kv_heads=positive_integer(config, "num_kv_attention_heads", where, heads),
+    )
+    return checked_shape(shape, where)
+
+
+def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> int:
+    """A size as the first tensor that has it shows it; ConversionError where model_config.pt says otherwise."""
+    names = []
+    for row in table.rows_for(layout):
+        if not isinstance(row.rule, Split) or size not in row.dims[0]:
+            continue
+        names.append(row.training[0].replace(LAYER, "0"))
+        tensor, dim = checkpoint.first(names[-1]), row.dims[0].index(size)
+        if tensor is None or len(tensor.shape) != len(row.dims[0]):
+            continue
+        found = tensor.shape[dim] * (checkpoint.tp_size if dim == row.rule.dim else 1)
+        if checkpoint.config.get(size, found) != found:
+            raise ConversionError(
+                f"{checkpoint.folder / MODEL_CONFIG} says {size} = {checkpoint.config[size]}, but tensor "
+                f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}. "
+                "Shards are missing, or the file belongs to another checkpoint."
+            )
+        return found
+    raise ConversionError(
+        f"{checkpoint.folder}: none of the tensors {', '.join(map(repr, names))} is there, or it has not the number of "
+        "dimensions that it should have. The checkpoint is incomplete, or no model of this family: InternLM and "
+        "InternLM2 each have their own script."
+    )
+
+
+def hf_shape(config: Mapping[str, Any], where: Path) -> ModelShape:
+    """The model's sizes from config.json."""
+    heads = positive_integer(config, "num_attention_heads", where)
+    shape = ModelShape(
+        hidden_size=positive_integer(config, "hidden_size", where),
+        intermediate_size=positive_integer(config, "intermediate_size", where),
+        vocab_size=positive_integer(config, "vocab_size", where),
+        num_layers=positive_integer(config, "num_hidden_layers", where),
+        num_heads=heads,
+        num_kv_heads=positive_integer(config, "num_key_value_heads", where, heads),
+    )
+    return checked_shape(shape, where)
+
+
+def checked_shape(shape: ModelShape, where: Path) -> ModelShape:
+    if shape.hidden_size % shape.num_heads or shape.head_dim % 2 or shape.num_heads % shape.num_kv_heads:
+        raise ConversionError(
+            f"{where}: hidden size {shape.hidden_size}, {shape.num_heads} heads and {shape.num_kv_heads} key/value "
+            "heads do not divide into heads of one even size."
+        )
+    return shape
+
+
+def positive_integer(config: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
+    """A setting, or `default` where it is absent or None; ConversionError where that is no positive whole number."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value <= LARGEST_SIZE:
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected a positive whole number.")
+    return value
+
+
+def positive_number(config: Mapping[str, Any], key: str, where: Path, default: float | None = None) -> float:
+    """A setting, or `default` where it is absent or None; ConversionError where that is no positive finite number."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected a positive number.")
+    return value
+
+
+def mlp_ratio(shape: ModelShape) -> float:
+    """The ratio from which the training framework computes exactly this intermediate size.
+
+    It builds `256 * ceil(int(hidden_size * mlp_ratio) / 256)`.
+    """
+    ratio = shape.intermediate_size / shape.hidden_size
+    rounded = -(-int(shape.hidden_size * ratio) // INTERMEDIATE_MULTIPLE) * INTERMEDIATE_MULTIPLE
+    if rounded != shape.intermediate_size:
+        raise ConversionError(
+            f"intermediate size {shape.intermediate_size} is not a multiple of {INTERMEDIATE_MULTIPLE}: InternEvo "
+            f"would build {rounded} and not load these weights."
+        )
+    return ratio
+
+
+# ------------------------------------------------------------------ choices that checkpoints of both families make
+
+HIDDEN_SPLIT, VOCABULARY_SPLIT, UNNAMED_VOCABULARY_SPLIT = (
+    "hidden split",
+    "vocabulary split",
+    "unnamed vocabulary split",
+)
+"""Embedding of a rank: its columns [V, H/tp]; its rows [V/tp, H]; its rows under the name that columns have."""
+HALVES, INTERLEAVED = "halves", "interleaved"
+BIAS, NO_BIAS = "bias", "no bias"
+
+EMBEDDING_CHOICES = (HIDDEN_SPLIT, VOCABULARY_SPLIT, UNNAMED_VOCABULARY_SPLIT)
+ORDER_CHOICES = (HALVES, INTERLEAVED)
+BIAS_CHOICES = (BIAS, NO_BIAS)
+
+RECOMPUTED = (r".*rotary_emb\.inv_freq",)
+"""Tables that old checkpoints carry and that every model computes."""
+
+
+def row(training: str, hf: str, dims: str, rule: Rule, *only: str) -> Row:
+    """A row of one tensor on each side; `dims` are words."""
+    return Row((training,), (hf,), (tuple(dims.split()),), rule, frozenset(only))
+
+
+def embedding_rows(stem: str, hf: str, *only: str) -> list[Row]:
+    """The embedding `stem`, in the three ways that ranks share it."""
+    dims = "vocab_size hidden_size"
+    return [
+        row(f"{stem}.weight", hf, dims, Split(1), HIDDEN_SPLIT, *only),
+        row(f"{stem}.word_embeddings.weight", hf, dims, Split(0), VOCABULARY_SPLIT, *only),
+        row(f"{stem}.weight", hf, dims, Split(0), UNNAMED_VOCABULARY_SPLIT, *only),
+    ]
+
+
+def attention_rows(
+    training: tuple[HeadLayout, Sequence[str]], hf: tuple[HeadLayout, Sequence[str]], kind: str, *only: str
+) -> list[Row]:
+    """The q, k and v tensors (`kind`: weight or bias), with heads in halves and interleaved."""
+    (training_layout, training_names), (hf_layout, hf_names) = training, hf
+    rows_of = {1: ("qkv_rows",), 3: ("q_rows", "kv_rows", "kv_rows")}[len(hf_names)]
+    dims = tuple((rows, "hidden_size") if kind == "weight" else (rows,) for rows in rows_of)
+    return [
+        Row(
+            tuple(f"{name}.{kind}" for name in training_names),
+            tuple(f"{name}.{kind}" for name in hf_names),
+            dims,
+            AttentionHeads(training_layout, hf_layout, interleaved=order == INTERLEAVED),
+            frozenset({order, *only}),
+        )
+        for order in ORDER_CHOICES
+    ]
+
+
+def embedding_found(checkpoint: TrainingCheckpoint, stem: str) -> str:
+    """How the ranks share the embedding `stem`: decided by its name and, under the plain name, by its shape."""
+    if f"{stem}.word_embeddings.weight" in checkpoint.tensors:
+        return VOCABULARY_SPLIT
+    plain, hidden_size = checkpoint.first(f"{stem}.weight"), checkpoint.config.get("hidden_size")
+    whole_rows = plain is not None and plain.shape[1:] == (hidden_size,)
+    return UNNAMED_VOCABULARY_SPLIT if whole_rows and checkpoint.tp_size > 1 else HIDDEN_SPLIT
+
+
+def order_found(checkpoint: TrainingCheckpoint) -> str:
+    """How q and k heads have their rows: `qk_interleaved`, or its older opposite `adapt_hf`; in halves by default."""
+    interleaved, adapt_hf = checkpoint.config.get("qk_interleaved"), checkpoint.config.get("adapt_hf")
+    if interleaved is not None and adapt_hf is not None and bool(interleaved) == bool(adapt_hf):
+        raise ConversionError(
+            f"{checkpoint.folder / MODEL_CONFIG} says qk_interleaved = {interleaved} and adapt_hf = {adapt_hf}, "
+            "which contradict each other."
+        )
+    if interleaved is None:
+        interleaved = adapt_hf is not None and not adapt_hf
+    return INTERLEAVED if interleaved else HALVES

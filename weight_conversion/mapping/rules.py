@@ -1,0 +1,228 @@
+"""How a full tensor and its tensor-parallel parts lie in each other.
+
+A rule does not move anything. It pairs windows: `pairs(fulls, parts)` yields (window of a full tensor, window of a
+rank's tensor) that hold the same elements. Copying each pair from right to left joins a tensor, copying it from left
+to right splits it, so join and split cannot disagree: they are one statement read in two directions.
+
+    Split(0)         full [r0]      Split(1)   full [r0|r1]      Replicated   every rank holds the whole
+                          [r1]                                   OnRankZero   rank 0 holds the whole, others nothing
+
+Attention rows come in three layouts (g = query heads per key/value head, hd = head dimension):
+
+    SEPARATE   wq: [q0 q1 q2 q3]   wk: [k0 k1]   wv: [v0 v1]     three tensors, heads in order
+    GROUPED    wqkv: [q0 q1 k0 v0 | q2 q3 k1 v1]                 one tensor, one group per key/value head (InternLM2)
+    STACKED    Wqkv: [q0 q1 q2 q3 | k0 k1 | v0 v1]               one tensor, three blocks (InternLM, per rank)
+
+and each q and k head has its hd rows either in halves (x0 x1 .. | y0 y1 ..), as Hugging Face models rotate them, or
+interleaved (x0 y0 x1 y1 ..), as training with `adapt_hf=False` / `qk_interleaved=True` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from ..files.views import Pair, View
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that give every tensor of a model its shape."""
+
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def q_rows(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_rows(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def qkv_rows(self) -> int:
+        return self.q_rows + 2 * self.kv_rows
+
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+class Rule(Protocol):
+    """Pairs windows of full tensors with windows of the parts that tensor-parallel ranks hold."""
+
+    @property
+    def replicated(self) -> bool:
+        """Whether each holder has the whole tensor."""
+        ...
+
+    def holders(self, tp_size: int) -> range:
+        """The ranks that hold a part."""
+        ...
+
+    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        """Shapes of a rank's tensors, one per training name; ValueError where `tp_size` does not divide."""
+        ...
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        """Pairs of windows. `parts[r]` are the tensors of the r-th holder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rank r holds the r-th of equal pieces along `dim`."""
+
+    dim: int
+    replicated: ClassVar[bool] = False
+
+    def holders(self, tp_size: int) -> range:
+        return range(tp_size)
+
+    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        (full,) = fulls
+        size, rest = divmod(full[self.dim], tp_size)
+        if rest:
+            raise ValueError(f"dimension {self.dim} of {list(full)} does not divide by {tp_size}")
+        return [(*full[: self.dim], size, *full[self.dim + 1 :])]
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        (full,) = fulls
+        for piece, (part,) in zip(full.chunk(len(parts), self.dim), parts, strict=True):
+            yield piece, part
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Every rank holds the whole tensor."""
+
+    replicated: ClassVar[bool] = True
+
+    def holders(self, tp_size: int) -> range:
+        return range(tp_size)
+
+    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        return list(fulls)
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        (full,) = fulls
+        for (part,) in parts:
+            yield full, part
+
+
+@dataclass(frozen=True)
+class OnRankZero(Replicated):
+    """Rank 0 holds the whole tensor; the other ranks have no tensor of that name."""
+
+    def holders(self, tp_size: int) -> range:
+        return range(1)
+
+
+class HeadLayout(Protocol):
+    """Finds the heads in attention tensors: q [kv, g, hd, ...], k and v [kv, 1, hd, ...]."""
+
+    def shapes(self, rows: tuple[int, int, int], rest: tuple[int, ...]) -> list[tuple[int, ...]]: ...
+
+    def heads(self, tensors: Sequence[View], shape: ModelShape) -> tuple[View, View, View]: ...
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Three tensors, q and k and v."""
+
+    def shapes(self, rows: tuple[int, int, int], rest: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [(count, *rest) for count in rows]
+
+    def heads(self, tensors: Sequence[View], shape: ModelShape) -> tuple[View, View, View]:
+        q, k, v = tensors
+        return _by_head(q, shape.group, shape), _by_head(k, 1, shape), _by_head(v, 1, shape)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One tensor, [q; k; v]."""
+
+    def shapes(self, rows: tuple[int, int, int], rest: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [(sum(rows), *rest)]
+
+    def heads(self, tensors: Sequence[View], shape: ModelShape) -> tuple[View, View, View]:
+        (qkv,) = tensors
+        kv_rows = qkv.shape[0] // (shape.group + 2)
+        q_rows = kv_rows * shape.group
+        pieces = [
+            qkv.narrow(0, 0, q_rows),
+            qkv.narrow(0, q_rows, kv_rows),
+            qkv.narrow(0, q_rows + kv_rows, kv_rows),
+        ]
+        return Separate().heads(pieces, shape)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """One tensor, (q heads of the group, k, v) for each key/value head."""
+
+    def shapes(self, rows: tuple[int, int, int], rest: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [(sum(rows), *rest)]
+
+    def heads(self, tensors: Sequence[View], shape: ModelShape) -> tuple[View, View, View]:
+        (qkv,) = tensors
+        grouped = _by_head(qkv, shape.group + 2, shape)  # [kv, g + 2, hd, ...]
+        g = shape.group
+        return grouped.narrow(1, 0, g), grouped.narrow(1, g, 1), grouped.narrow(1, g + 1, 1)
+
+
+def _by_head(rows: View, per_kv_head: int, shape: ModelShape) -> View:
+    """Rows [kv * per_kv_head * hd, ...] as [kv, per_kv_head, hd, ...]; kv may be a rank's share of the heads."""
+    unit = per_kv_head * shape.head_dim
+    return rows.unflatten(0, (rows.shape[0] // unit, per_kv_head, shape.head_dim))
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """Rank r holds the r-th share of whole key/value groups, in the layout `training`; the full tensors in `hf`."""
+
+    training: HeadLayout
+    hf: HeadLayout
+    interleaved: bool = False
+    replicated: ClassVar[bool] = False
+
+    def holders(self, tp_size: int) -> range:
+        return range(tp_size)
+
+    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        if shape.num_kv_heads % tp_size:
+            raise ValueError(f"{shape.num_kv_heads} key/value heads do not divide by {tp_size}")
+        kv_rows = shape.kv_rows // tp_size
+        return self.training.shapes((kv_rows * shape.group, kv_rows, kv_rows), fulls[0][1:])
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        if self.training == self.hf and not self.interleaved:  # a rank's share lies in one piece
+            for rank, part in enumerate(parts):
+                yield from ((full.chunk(len(parts), 0)[rank], own) for full, own in zip(fulls, part, strict=True))
+            return
+        full_heads = self.hf.heads(fulls, shape)
+        for rank, part in enumerate(parts):
+            for index, (full, own) in enumerate(zip(full_heads, self.training.heads(part, shape), strict=True)):
+                piece = full.chunk(len(parts), 0)[rank]
+                rotated = index < 2  # q and k, not v
+                yield _by_halves(piece, own) if self.interleaved and rotated else (piece, own)
+
+
+def _by_halves(full: View, part: View) -> Pair:
+    """Pairs row (half, i) of each full head with row (i, half) of the rank's head."""
+    half = full.shape[2] // 2
+    return full.unflatten(2, (2, half)), part.unflatten(2, (half, 2)).transpose(2, 3)

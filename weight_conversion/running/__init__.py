@@ -1,0 +1,1 @@
+"""One run of a script: the two directions, the report, and the folder that appears when it is complete."""

@@ -1,0 +1,256 @@
+"""From an InternEvo checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConversionError, naming, shown
+from ..files.copying import Copier, Move, Task
+from ..files.safetensors_file import read_header
+from ..files.views import StoredTensor, TensorSpec
+from ..folders.hf_folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    WeightFiles,
+    copy_code,
+    plan_weights,
+    write_index,
+    write_json,
+)
+from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
+from ..mapping.family import Family, Rope, positive_number, training_shape
+from ..mapping.matching import Match, match_training
+from ..mapping.rules import ModelShape
+from ..mapping.table import Entry, Layout
+from ..tokenizer.tokenizer_files import Tokenizer
+from .publishing import Publication
+from .reporting import Reporter
+
+DEFAULT_NORM_EPSILON = 1e-5
+DEFAULT_ROPE_BASE = 10000
+"""What the training framework takes where its configuration says nothing."""
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What the user asked for; `dynamic_factor` is None without dynamic NTK scaling."""
+
+    source: Path
+    target: Path
+    tokenizer: Path
+    dtype: torch.dtype
+    max_shard: str
+    max_position_embeddings: int
+    dynamic_factor: float | None
+    version: int | None = None
+    chat: bool = False
+    force: bool = False
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint understood: its layout, its sizes, and the parts of every entry of the table."""
+
+    checkpoint: TrainingCheckpoint
+    layout: Layout
+    shape: ModelShape
+    parts: Sequence[tuple[Entry, list[list[StoredTensor]]]]
+
+    @property
+    def has_bias(self) -> bool:
+        return any(name.endswith(".bias") for entry, _ in self.parts for name in entry.hf)
+
+    @property
+    def normalizes_head(self) -> bool:
+        return bool(self.checkpoint.config.get("norm_head", False))
+
+
+def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
+    """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
+    publication = Publication(request.target, force=request.force, sources=(request.source,))
+    source = _understand(family, request)
+    tokenizer = _checked_tokenizer(family, request, source.shape)
+    if request.verify:
+        verify_files(source.checkpoint)
+    _check_replicas(source)
+    weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
+    publication.check_space(sum(writer.size for writer in weights.writers))
+    config = _config(family, request, source)
+    _warn(family, request, source, reporter)
+    with publication as folder, naming(folder):
+        _write_weights(source, weights, request, reporter)
+        copy_code(family.code, folder)
+        for warning in tokenizer.write(folder, family.tokenizer, request.chat):
+            reporter.warn(warning)
+        write_json(folder / GENERATION_CONFIG, _generation_config(family, request.chat))
+        if weights.index is not None:
+            write_index(folder, weights.index)
+        write_json(folder / CONFIG, config)
+    reporter.summary(len(weights.tensors), sum(tensor.nbytes for tensor in weights.tensors.values()), request.target)
+
+
+def _understand(family: Family, request: ConvertRequest) -> _Source:
+    checkpoint = read_checkpoint(request.source)
+    experts = [name for name in checkpoint.tensors if "moe" in name or "expert" in name]
+    if experts:
+        raise ConversionError(f"{request.source} is a mixture of experts (MoE, tensor {experts[0]!r}): not supported.")
+    layout = family.layout_found(checkpoint, request.version)
+    shape = training_shape(checkpoint, family.table, layout)
+    return _Source(checkpoint, layout, shape, match_training(checkpoint, family.table, layout, shape))
+
+
+def _checked_tokenizer(family: Family, request: ConvertRequest, shape: ModelShape) -> Tokenizer:
+    with naming(request.tokenizer):
+        tokenizer = Tokenizer.read(request.tokenizer)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ConversionError(
+            f"{request.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary only {shape.vocab_size}. "
+            "Pass the tokenizer that the model was trained with."
+        )
+    if request.chat:
+        tokenizer.check_chat(family.tokenizer)
+    return tokenizer
+
+
+def _check_replicas(source: _Source) -> None:
+    """Replicated tensors must be the same on every rank, byte for byte."""
+    tasks = [
+        [Move(first, ((first.view(), other.view()),)) for (other,) in others]
+        for entry, ((first, *_), *others) in source.parts
+        if entry.rule.replicated and others
+    ]
+    for move in Copier(lambda _: None).differences(tasks):
+        other = move.pairs[0][1].tensor
+        raise ConversionError(
+            f"{other.path}: tensor {other.name!r} differs from that of {move.full.path}, though every tensor-parallel "
+            "rank should hold the same. Shards of different runs or steps seem to be mixed."
+        )
+
+
+def _hf_specs(source: _Source, dtype: torch.dtype) -> list[TensorSpec]:
+    named = [pair for entry, _ in source.parts for pair in zip(entry.hf, entry.hf_shapes, strict=True)]
+    return [TensorSpec(name, shape, dtype) for name, shape in named]
+
+
+def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Reporter) -> None:
+    if source.has_bias and family.model_type == "internlm2":
+        reporter.warn(
+            "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch) and mlx-lm use them; vLLM and "
+            "SGLang drop the biases of InternLM2 silently and answer wrongly."
+        )
+    if source.normalizes_head:
+        reporter.warn("norm_head is set: the output weight is written with its rows normalised, as training uses it.")
+    if source.checkpoint.config.get("use_dynamic_ntk_rope") and request.dynamic_factor is None:
+        reporter.warn("the model was trained with use_dynamic_ntk_rope; --rotary_type origin writes no scaling.")
+    trained_positions = source.checkpoint.config.get("max_position_embeddings", request.max_position_embeddings)
+    if trained_positions != request.max_position_embeddings:
+        reporter.warn(
+            f"{MODEL_CONFIG} says max_position_embeddings = {shown(trained_positions)}, the folder gets "
+            f"{request.max_position_embeddings} from --max_pos."
+        )
+    if "." in request.target.name:
+        reporter.warn(
+            f"the folder name {request.target.name!r} has a dot, with which some transformers versions cannot load "
+            "remote code from a folder."
+        )
+
+
+def _write_weights(source: _Source, weights: WeightFiles, request: ConvertRequest, reporter: Reporter) -> None:
+    tensors = weights.tensors
+    tasks = [
+        [
+            replace(move, transform=_normalized_rows) if source.normalizes_head and move.full.name in HEADS else move
+            for move in Match(entry, [tensors[name] for name in entry.hf], parts).moves(source.shape)
+        ]
+        for entry, parts in source.parts
+    ]
+    once: list[Task] = [
+        moves[:1] if entry.rule.replicated else moves for (entry, _), moves in zip(source.parts, tasks, strict=True)
+    ]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    for writer in weights.writers:
+        writer.create()
+    with reporter.progress("converting", total) as progress:
+        Copier(progress).gather(once)
+    if request.verify:
+        for writer in weights.writers:
+            if read_header(writer.path) != writer.tensors:
+                raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
+        with reporter.progress("verifying", total) as progress:
+            for move in Copier(progress).differences(tasks):
+                raise ConversionError(
+                    f"{move.full.path}: tensor {move.full.name!r} was not written as it was read: the disk or memory "
+                    "failed."
+                )
+
+
+HEADS = ("output.weight", "lm_head.weight")
+
+
+def _normalized_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, H] of length 1: what a model trained with norm_head multiplies by. In float32, rounded once."""
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[str, Any]:
+    """config.json in the spelling that every consumer reads: legacy and current keys, nothing left to defaults."""
+    shape, training = source.shape, source.checkpoint.config
+    where = source.checkpoint.folder / MODEL_CONFIG
+    rope = Rope(positive_number(training, "rope_base", where, DEFAULT_ROPE_BASE), request.dynamic_factor)
+    dtype = str(request.dtype).removeprefix("torch.")
+    name = family.name
+    modeling = f"modeling_{family.model_type}.{name}"
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "attn_implementation": "eager",
+        "auto_map": {
+            "AutoConfig": f"configuration_{family.model_type}.{name}Config",
+            "AutoModel": f"{modeling}ForCausalLM",
+            "AutoModelForCausalLM": f"{modeling}ForCausalLM",
+            "AutoModelForSequenceClassification": f"{modeling}ForSequenceClassification",
+        },
+        "bias": source.has_bias,
+        "bos_token_id": 1,
+        "dtype": dtype,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": request.max_position_embeddings,
+        "model_type": family.model_type,
+        "num_attention_heads": shape.num_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_kv_heads,
+        "pad_token_id": 2,
+        "rms_norm_eps": positive_number(training, "layer_norm_epsilon", where, DEFAULT_NORM_EPSILON),
+        **_rope_config(rope),
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+        **family.hf_config(rope),
+    }
+
+
+def _rope_config(rope: Rope) -> dict[str, Any]:
+    """The rotary settings in the spelling before transformers 5 and in the one since."""
+    theta, factor = rope.theta, rope.dynamic_factor
+    if factor is None:
+        current: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
+        return {"rope_theta": theta, "rope_scaling": None, "rope_parameters": current}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"type": "dynamic", "factor": factor},
+        "rope_parameters": {"rope_theta": theta, "rope_type": "dynamic", "factor": factor},
+    }
+
+
+def _generation_config(family: Family, chat: bool) -> dict[str, Any]:
+    return {"bos_token_id": 1, "eos_token_id": family.tokenizer.eos_token_ids(chat), "pad_token_id": 2}

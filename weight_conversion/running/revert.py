@@ -1,0 +1,197 @@
+"""From a Hugging Face folder to the shards that the InternEvo training framework loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError, naming, shown
+from ..files.copying import Copier, Task
+from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
+from ..files.views import StoredTensor, TensorSpec
+from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
+from ..folders.internevo_folder import shard_writers, write_model_config
+from ..mapping.family import Family, Rope, hf_shape, mlp_ratio, positive_integer, positive_number
+from ..mapping.matching import Match, match_hf, part_specs
+from ..mapping.rules import ModelShape
+from ..mapping.table import Entry
+from .publishing import Publication
+from .reporting import Reporter
+
+HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
+"""With tie_word_embeddings a folder leaves the head out: it is the embedding."""
+
+
+@dataclass(frozen=True)
+class RevertRequest:
+    """What the user asked for."""
+
+    source: Path
+    target: Path
+    tp_size: int
+    version: int = 2
+    embed_split: bool = False
+    use_flash: bool = False
+    safetensors: bool = False
+    force: bool = False
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A Hugging Face folder understood: its sizes, and the tensors of every entry of the table."""
+
+    folder: HFFolder
+    shape: ModelShape
+    has_bias: bool
+    fulls: Sequence[tuple[Entry, list[StoredTensor]]]
+
+
+def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
+    """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
+    publication = Publication(request.target, force=request.force, sources=(request.source,))
+    source = _understand(family, request, reporter)
+    if request.verify:
+        verify_files(source.folder)
+    config = _training_config(family, request, source, reporter)
+    writers = shard_writers(publication.folder, _rank_specs(source, request.tp_size))
+    publication.check_space(sum(writer.size for writer in writers))
+    with publication as folder, naming(folder):
+        _write_shards(source, writers, request, reporter)
+        write_model_config(folder, config)
+    tensors = [tensor for writer in writers for tensor in writer.tensors.values()]
+    reporter.summary(len(tensors), sum(tensor.nbytes for tensor in tensors), request.target)
+
+
+def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
+    weights = SAFETENSORS
+    if not request.safetensors:
+        weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
+        reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
+    folder = read_folder(request.source, weights)
+    where = request.source / CONFIG
+    if folder.config.get("model_type") != family.model_type:
+        raise ConversionError(
+            f"{where} is of model_type {folder.config.get('model_type')!r}, expected {family.model_type!r}. "
+            "Each family has its own script."
+        )
+    shape = hf_shape(folder.config, where)
+    tensors = dict(folder.tensors)
+    for head, embedding in HEAD_OF.items():
+        if folder.config.get("tie_word_embeddings") and embedding in tensors:
+            tensors.setdefault(head, tensors[embedding])
+    has_bias = any(name.endswith(".bias") for name in tensors)
+    layout = family.layout_written(has_bias, request.embed_split, request.version)
+    return _Source(folder, shape, has_bias, match_hf(tensors, family.table, layout, shape, str(request.source)))
+
+
+def _rank_specs(source: _Source, tp_size: int) -> list[list[TensorSpec]]:
+    """The tensors of each rank's file."""
+    ranks: list[list[TensorSpec]] = [[] for _ in range(tp_size)]
+    for entry, fulls in source.fulls:
+        specs = part_specs(entry, fulls, tp_size, source.shape)
+        for rank in entry.rule.holders(tp_size):
+            ranks[rank] += specs
+    return ranks
+
+
+def _write_shards(
+    source: _Source, writers: Sequence[TorchFileWriter], request: RevertRequest, reporter: Reporter
+) -> None:
+    tasks: list[Task] = []
+    for entry, fulls in source.fulls:
+        holders = [writers[rank] for rank in entry.rule.holders(request.tp_size)]
+        parts = [[writer.tensors[name] for name in entry.training] for writer in holders]
+        tasks.append(Match(entry, fulls, parts).moves(source.shape))
+    total = sum(move.full.nbytes for task in tasks for move in task)
+    for writer in writers:
+        writer.create()
+    with reporter.progress("reverting", total) as progress:
+        checksums = Copier(progress).scatter(tasks)
+    for writer in writers:
+        writer.seal(checksums[writer.path])
+    if request.verify:
+        for writer in writers:
+            check_records(writer.path)
+            if read_state_dict(writer.path) != writer.tensors:
+                raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
+        with reporter.progress("verifying", total) as progress:
+            for move in Copier(progress).differences(tasks):
+                part = move.pairs[0][1].tensor
+                raise ConversionError(
+                    f"{part.path}: tensor {part.name!r}, or that of another rank, was not written as it was read: the "
+                    "disk or memory failed."
+                )
+
+
+def _training_config(family: Family, request: RevertRequest, source: _Source, reporter: Reporter) -> dict[str, Any]:
+    """model_config.pt: the keys that the framework's builder of this family takes."""
+    shape, config = source.shape, source.folder.config
+    where = source.folder.folder / CONFIG
+    rope = _rope(config, where, reporter)
+    positions = positive_integer(config, "max_position_embeddings", where)
+    if not request.embed_split and not request.use_flash:
+        reporter.warn(
+            "the embedding is split along the vocabulary, which InternEvo builds with use_flash_attn only. Train with "
+            "use_flash_attn (--use_flash says so in model_config.pt), or revert with --embed_split."
+        )
+    dtypes = {fulls[0].dtype for _, fulls in source.fulls}
+    if len(dtypes) > 1:
+        reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
+    return {
+        "num_chunks": 1,
+        "checkpoint": False,
+        "dtype": source.fulls[0][1][0].dtype,
+        "embed_split_hidden": request.embed_split,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "embed_grad_scale": 1,
+        "parallel_output": True,
+        "num_attention_heads": shape.num_heads,
+        "mlp_ratio": mlp_ratio(shape),
+        "norm_type": "rmsnorm",
+        "apply_post_layer_norm": False,
+        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, 1e-6),
+        "rope_base": rope.theta,
+        "use_flash_attn": request.use_flash,
+        **family.training_config(
+            shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
+        ),
+    }
+
+
+def _rope(config: Mapping[str, Any], where: Path, reporter: Reporter) -> Rope:
+    """The rotary settings in whichever spelling config.json has; ConversionError where two spellings disagree."""
+    parameters, scaling, rotary = (
+        _settings(config, key, where) for key in ("rope_parameters", "rope_scaling", "rotary")
+    )
+    spellings = [spelled for spelled in (parameters, scaling, rotary) if spelled]
+    given_bases = ((config, "rope_theta"), (parameters, "rope_theta"), (rotary, "base"))
+    bases = {positive_number(given, key, where) for given, key in given_bases if given.get(key) is not None}
+    kinds = {str(spelled.get("rope_type") or spelled.get("type") or "default") for spelled in spellings}
+    kinds = {"default" if kind == "origin" else kind for kind in kinds}
+    factors = {
+        positive_number(spelled, key, where) for spelled in spellings for key in FACTORS if spelled.get(key) is not None
+    }
+    if len(bases) > 1 or len(kinds) > 1 or (kinds == {"dynamic"} and len(factors) > 1):
+        raise ConversionError(
+            f"{where} gives several rotary settings that contradict each other: bases {sorted(bases)}, "
+            f"types {sorted(kinds)}, factors {sorted(factors)}. Keep one."
+        )
+    kind = kinds.pop() if kinds else "default"
+    if kind not in ("default", "dynamic"):
+        reporter.warn(f"rotary scaling {kind!r} has no counterpart in InternEvo: only the base is kept.")
+    return Rope(bases.pop() if bases else 10000, (factors.pop() if factors else 1.0) if kind == "dynamic" else None)
+
+
+def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected an object of settings.")
+    return value
+
+
+FACTORS = ("factor", "scaling_factor")

@@ -1,0 +1,1 @@
+"""From a SentencePiece model to a tokenizer's files, without torch or transformers."""

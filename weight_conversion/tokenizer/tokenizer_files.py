@@ -1,0 +1,223 @@
+"""How a tokenizer.model becomes the tokenizer files of a Hugging Face folder.
+
+    tokenizer.model           the SentencePiece model, copied byte for byte
+    tokenizer_config.json     the class, its special tokens and settings
+    special_tokens_map.json   the special tokens again, for transformers 4
+    tokenizer.json            the fast form, written only after it gave the same ids and text as the model
+    chat_template.jinja       with chat only; transformers 5 reads this one, older tools the copy in the config
+
+`auto_map` names the slow class and no fast one: with one, transformers 5 would build a fast tokenizer by itself and get
+the ids wrong. Without one, each version takes the slow class or tokenizer.json, and both are right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError
+from .sentencepiece_model import Kind, Piece, SentencePieceModel
+from .tokenizer_json import SpecialTokens, first_difference, obstacle, tokenizer_json
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+_NO_LIMIT = int(1e30)  # transformers' way to say that the tokenizer sets no length
+
+
+@dataclass(frozen=True)
+class ChatToken:
+    """A special token of a chat model, on the id of a piece that pretraining left unused."""
+
+    content: str
+    id: int
+    piece: str
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What the tokenizer files say about one family."""
+
+    class_name: str
+    module: str
+    chat_tokens: tuple[ChatToken, ...]
+    end_of_turn: str
+    chat_template: str
+
+    def eos_token_ids(self, chat: bool) -> int | list[int]:
+        """Return `eos_token_id` of generation_config.json: `</s>`, and with chat the end of a turn as well."""
+        ends = [token.id for token in self.chat_tokens if token.content == self.end_of_turn]
+        return [2, *ends] if chat else 2
+
+
+INTERNLM_TOKENIZER = TokenizerSpec(
+    class_name="InternLMTokenizer",
+    module="tokenization_internlm",
+    chat_tokens=(ChatToken("<eoh>", 103027, "<eoh>"), ChatToken("<eoa>", 103028, "<eoa>")),
+    end_of_turn="<eoa>",
+    chat_template=(
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ '<|System|>:' + message['content'] + '\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '<|User|>:' + message['content'] + '<eoh>\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '<|Bot|>:' + message['content'] + '<eoa>\\n' }}"
+        "{% else %}{{ raise_exception('The roles are system, user and assistant; found ' + message['role'] + '.') }}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}"
+    ),
+)
+
+INTERNLM2_TOKENIZER = TokenizerSpec(
+    class_name="InternLM2Tokenizer",
+    module="tokenization_internlm2",
+    chat_tokens=tuple(
+        ChatToken(f"<|{name}|>", 92538 + offset, f"[UNUSED_TOKEN_{141 + offset}]")
+        for offset, name in enumerate(
+            ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start"),
+        )
+    ),
+    end_of_turn="<|im_end|>",
+    chat_template=(
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+)
+
+
+class Tokenizer:
+    """A SentencePiece model whose files can be written into a Hugging Face folder."""
+
+    def __init__(self, model: SentencePieceModel, left_out: Sequence[str] = ()) -> None:
+        self._model = model
+        self._left_out = left_out
+
+    @classmethod
+    def read(cls, path: Path) -> Tokenizer:
+        """Read a SentencePiece model, or the `tokenizer.model` in a folder.
+
+        Raises:
+            ConversionError: there is no such file, it is no SentencePiece model, ids 0, 1, 2 are not the
+                `<unk>`, `<s>`, `</s>` that the model configurations of both families count on, or a
+                tokenizer_config.json in the folder cannot be read.
+        """
+        model = SentencePieceModel.read(path)
+        found = tuple(piece.text for piece in model.pieces[:3])
+        if found != (UNK, BOS, EOS):
+            raise ConversionError(
+                f"{model.path} has {', '.join(found)} at ids 0, 1, 2; "
+                f"InternLM and InternLM2 tokenizers have {UNK}, {BOS}, {EOS} there."
+            )
+        return cls(model, _tokens_beyond(path / TOKENIZER_CONFIG, len(model.pieces)) if path.is_dir() else ())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return len(self._model.pieces)
+
+    def check_chat(self, spec: TokenizerSpec) -> None:
+        """Raise ConversionError unless every chat token lies on the piece kept for it."""
+        for token in spec.chat_tokens:
+            piece = self._model.pieces[token.id] if token.id < self.vocab_size else None
+            free = piece is not None and piece.kind is Kind.USER_DEFINED and piece.text in (token.piece, token.content)
+            if not free:
+                raise ConversionError(
+                    f"The chat token {token.content} belongs on id {token.id}, on the user-defined piece "
+                    f"{token.piece}, but {self._model.path} {self._has(piece)}; convert without --chat, or pass the "
+                    "tokenizer of the family."
+                )
+
+    def _has(self, piece: Piece | None) -> str:
+        if piece is None:
+            return f"has {self.vocab_size} pieces"
+        return f"has {piece.text!r} ({piece.kind.name.lower().replace('_', '-')}) there"
+
+    def write(self, folder: Path, spec: TokenizerSpec, chat: bool) -> list[str]:
+        """Write the tokenizer files into `folder`; return a warning of everything that had to be left out.
+
+        `check_chat` must have passed if `chat`.
+        """
+        special = self._special_tokens(spec, chat)
+        (folder / "tokenizer.model").write_bytes(self._model.data)
+        _write_json(folder / "special_tokens_map.json", _special_tokens_map(spec, chat))
+        _write_json(folder / TOKENIZER_CONFIG, self._config(spec, chat))
+        if chat:
+            (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+        warnings = []
+        if self._left_out:
+            warnings.append(
+                f"the tokens that {self._model.path.parent} adds to its tokenizer.model were left out: "
+                f"{', '.join(self._left_out)}. Add them to the new tokenizer with add_tokens, in this order."
+            )
+        reason = obstacle(self._model)
+        if reason is None:
+            text = tokenizer_json(self._model, special)
+            reason = first_difference(text, self._model, special)
+        if reason is None:
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+            return warnings
+        return [
+            *warnings,
+            f"tokenizer.json was left out, because {reason}; "
+            "the tokenizer then needs trust_remote_code=True and is the slow one.",
+        ]
+
+    def _special_tokens(self, spec: TokenizerSpec, chat: bool) -> SpecialTokens:
+        chat_names = {token.id: token.content for token in spec.chat_tokens} if chat else {}
+        return SpecialTokens(names={0: UNK, 1: BOS, 2: EOS} | chat_names, bos=BOS)
+
+    def _config(self, spec: TokenizerSpec, chat: bool) -> dict[str, Any]:
+        special = self._special_tokens(spec, chat)
+        config = {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "added_tokens_decoder": {
+                str(index): {
+                    "content": name,
+                    "lstrip": False,
+                    "normalized": name != self._model.pieces[index].text,  # as in tokenizer.json
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+                for index, name in special.names.items()
+            },
+            "auto_map": {"AutoTokenizer": [f"{spec.module}.{spec.class_name}", None]},
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # else the fast class adds token_type_ids
+            "model_max_length": _NO_LIMIT,
+            "sp_model_kwargs": None,
+            "tokenizer_class": spec.class_name,
+        } | _special_tokens_map(spec, chat)
+        if chat:
+            config["chat_template"] = spec.chat_template
+        return dict(sorted(config.items()))
+
+
+def _tokens_beyond(config: Path, size: int) -> list[str]:
+    """Return, in the order of their ids, the tokens that a tokenizer_config.json adds after `size` pieces."""
+    if not config.is_file():
+        return []
+    try:
+        added = json.loads(config.read_bytes()).get("added_tokens_decoder", {})
+        beyond = {int(index): str(token["content"]) for index, token in added.items() if int(index) >= size}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise ConversionError(
+            f"{config} is not the JSON of a tokenizer ({type(error).__name__}: {error}); "
+            "pass the tokenizer.model beside it instead of the folder."
+        ) from error
+    return [beyond[index] for index in sorted(beyond)]
+
+
+def _special_tokens_map(spec: TokenizerSpec, chat: bool) -> dict[str, Any]:
+    chat_names = {"additional_special_tokens": [token.content for token in spec.chat_tokens]} if chat else {}
+    return {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": UNK} | chat_names
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
