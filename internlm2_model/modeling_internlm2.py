@@ -178,7 +178,8 @@ class InternLM2Attention(nn.Module):
         else:
             attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        return self.wo(output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
+        output = output.reshape(*hidden_states.shape[:-1], -1)  # some backends give [B T, h d]
+        return self.wo(output), weights
 
 
 class InternLM2MLP(nn.Module):

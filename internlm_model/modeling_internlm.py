@@ -201,7 +201,8 @@ class InternLMAttention(nn.Module):
         else:
             attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        return project(self.o_proj, output.flatten(2)), weights  # [B, T, h, d] -> [B, T, H]
+        output = output.reshape(*hidden_states.shape[:-1], -1)  # some backends give [B T, h d]
+        return project(self.o_proj, output), weights
 
 
 class InternLMMLP(nn.Module):
