@@ -46,6 +46,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.required or action.default is None else super()._get_help_string(action)
 
 
+def file_name(text: str) -> Path:
+    """A name of a file or folder; the empty one, as of an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty (an unset variable?)")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
@@ -72,11 +79,11 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
         f"python {script} --src ckpt/1000 --tgt hf_{family.lower()} --tokenizer tokenizer.model",
     )
     add = parser.add_argument
-    add("--src", type=Path, required=True, help="folder with the InternEvo shards")
-    add("--tgt", type=Path, required=True, help="Hugging Face folder to write")
+    add("--src", type=file_name, required=True, help="folder with the InternEvo shards")
+    add("--tgt", type=file_name, required=True, help="Hugging Face folder to write")
     add(
         "--tokenizer",
-        type=Path,
+        type=file_name,
         required=True,
         help="SentencePiece model (tokenizer.model), or a folder with one",
     )
@@ -113,8 +120,8 @@ def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
         f"python {script} --src hf_{family.lower()} --tgt ckpt_tp8 --tp_size 8 --embed_split --use_flash",
     )
     add = parser.add_argument
-    add("--src", type=Path, required=True, help="Hugging Face folder")
-    add("--tgt", type=Path, required=True, help="folder to write the shards to")
+    add("--src", type=file_name, required=True, help="Hugging Face folder")
+    add("--tgt", type=file_name, required=True, help="folder to write the shards to")
     add("--tp_size", type=positive, required=True, help="tensor-parallel size: number of shards")
     if versions:
         add(
@@ -136,7 +143,7 @@ def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
 
 
 def _add_common(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace --tgt, at the end, where it is not empty")
+    parser.add_argument("--force", action="store_true", help="replace --tgt, at the end, where it holds a model")
     parser.add_argument("--verify", action="store_true", help="check checksums before, and compare every tensor after")
 
 

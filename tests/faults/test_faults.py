@@ -684,16 +684,52 @@ def test_a_target_that_is_or_holds_the_source_is_refused(force: tuple[str, ...],
         refused(place, place.revert_command(*force, target=target), "--tgt", "source")
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "link to itself"])
+@pytest.mark.parametrize("kind", ["file", "link to a file", "link to itself"])
 def test_a_target_that_is_no_folder_is_refused(kind: str, place: Place) -> None:
     if kind == "file":
         place.target.write_text("kept")
     else:
-        elsewhere = place.root / "elsewhere"
-        elsewhere.mkdir()
-        place.target.symlink_to({"link": elsewhere, "link to itself": place.target}[kind])
+        place.target.symlink_to({"link to a file": place.tokenizer, "link to itself": place.target}[kind])
     for command in (place.convert_command("--force"), place.revert_command("--force")):
         refused(place, command, str(place.target), "a link or a file")
+
+
+@pytest.mark.parametrize("flag", ["--src", "--tgt", "--tokenizer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_name_is_a_wrong_flag(
+    flag: str, family: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--tgt "" --force, of an unset variable, once replaced the current folder."""
+    with copied_place(bases, family) as place:
+        monkeypatch.chdir(place.root)
+        before = snapshot(place.root)
+        for script, words in (place.convert_command("--force"), place.revert_command("--force")):
+            if flag in words:
+                words[words.index(flag) + 1] = ""
+                outcome = run_script(script, words)
+                assert outcome.status == 2
+                assert f"{flag}: the name is empty" in outcome.errors
+        assert snapshot(place.root) == before
+
+
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_the_current_folder_is_not_replaced(direction: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = place.root / "current"
+    (current / "in").mkdir(parents=True)
+    monkeypatch.chdir(current / "in")
+    for target in (".", "..", "../in", "../../current"):
+        command = COMMANDS[direction](place, "--force", target=Path(target))
+        refused(place, command, "the current folder", str(current / "in"))
+
+
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_a_link_to_an_empty_folder_is_followed(direction: str, place: Place) -> None:
+    (place.root / "disk" / "empty").mkdir(parents=True)
+    place.target.symlink_to(place.root / "disk" / "empty")
+    assert run_script(*COMMANDS[direction](place)).status == 0
+    assert place.target.is_symlink()
+    assert [path.name for path in (place.root / "disk").iterdir()] == ["empty"]
+    assert any(place.target.glob("model*"))
 
 
 def test_room_on_the_disk_is_checked_before(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -787,7 +823,7 @@ def test_verify_finds_what_was_written_wrongly(
 
                 def damaging(copier: Copier, *tasks: Any, work: Any = work, at: Any = (pattern, position)) -> Any:
                     done = work(copier, *tasks)
-                    path = sorted((place.root / ".target.partial").glob(at[0]))[-1]
+                    path = sorted((place.root / ".target.partial" / "new").glob(at[0]))[-1]
                     flip(path, at[1] % path.stat().st_size)
                     return done
 
@@ -880,19 +916,49 @@ def test_a_limit_on_file_sizes(direction: str, place: Place) -> None:
 
 
 @contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory at `folder`."""
+def mounted(folder: Path, options: str, kind: str = "tmpfs") -> Iterator[Path]:
+    """A file system at `folder`, in memory unless another kind is named; for "bind" `options` is the other folder."""
     folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    words = ["--bind", options] if kind == "bind" else ["-t", kind, "-o", options, kind]
+    command = ["mount", *words, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
     if done is None or done.returncode:
-        pytest.skip(
-            f"mounting a small file system is not permitted here: {done.stderr.strip() if done else 'no mount'}"
-        )
+        pytest.skip(f"mounting a file system is not permitted here: {done.stderr.strip() if done else 'no mount'}")
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_a_mount_point_is_no_target(direction: str, kind: str, place: Place) -> None:
+    """As a container's volume: known before anything is written, and a folder in it is a target."""
+    disk = place.root.parent / "disk"
+    (place.root.parent / "elsewhere").mkdir()
+    options = {"tmpfs": "size=100m", "bind": str(place.root.parent / "elsewhere")}[kind]
+    with mounted(disk, options, kind):
+        for force in ((), ("--force",)):
+            outcome = run_script(*COMMANDS[direction](place, *force, target=disk))
+            assert_refused(outcome, "the mount point", str(disk), f"such as {disk}/model")
+        assert list(disk.iterdir()) == []
+        assert run_script(*COMMANDS[direction](place, target=disk / "model")).status == 0
+
+
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_a_target_in_the_lower_layer_of_an_overlay(direction: str, place: Place) -> None:
+    """As a folder of a container's image: it cannot be moved, which is known before anything is written."""
+    layers = [place.root.parent / name for name in ("lower", "upper", "work_folder")]
+    for folder in (*layers, layers[0] / "empty", layers[0] / "full"):
+        folder.mkdir()
+    (layers[0] / "full" / "model.safetensors").write_text("old")
+    options = "lowerdir={},upperdir={},workdir={},redirect_dir=off".format(*layers)
+    with mounted(place.root.parent / "disk", options, "overlay") as disk:
+        outcome = run_script(*COMMANDS[direction](place, "--force", target=disk / "full"))
+        assert_refused(outcome, str(disk / "full"), "cannot be replaced", "layer", os.strerror(errno.EXDEV))
+        assert contents(disk / "full") == {"model.safetensors": b"old"}
+        assert run_script(*COMMANDS[direction](place, target=disk / "empty")).status == 0
+        assert sorted(path.name for path in disk.iterdir()) == ["empty", "full"]
 
 
 @pytest.mark.parametrize("direction", COMMANDS)

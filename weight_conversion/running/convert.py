@@ -73,7 +73,7 @@ class _Source:
 
 def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
-    publication = Publication(request.target, force=request.force, sources=(request.source,))
+    publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
     source = _understand(family, request)
     tokenizer = _checked_tokenizer(family, request, source.shape)
     if request.verify:

@@ -1,8 +1,11 @@
 """Output that is either complete or not there.
 
-    parent/.NAME.partial    everything is written here; a lock on the folder says that somebody still writes
-    parent/NAME             appears by one rename, after every file has reached the disk
-    parent/.NAME.replaced   with --force: what NAME was, between two renames, then removed
+    parent/.NAME.partial/                   locked while somebody writes
+        written-by-weight-conversion        says that what lies here is ours to remove
+        new/                                everything is written here
+        old/                                with --force: what NAME was, between two renames
+        trash/                              what NAME was, once the new NAME stands there
+    parent/NAME                             appears by one rename, after every file has reached the disk
 
 Whatever a killed run left behind is cleaned up, or put back, by the next run for the same target.
 """
@@ -10,49 +13,81 @@ Whatever a killed run left behind is cleaned up, or put back, by the next run fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import pwd
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ConversionError, naming
+from ..folders.model_folder import has_weight_files, other_files
 
 SPARE_BYTES = 64 << 20
 """Room asked for beside the weights: tokenizer, code and the file system's own needs."""
+MARK = "written-by-weight-conversion"
+NAMED_FILES = 4
+"""How many of a folder's files a sentence names."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""How file systems of clusters answer that they are mounted without locks."""
 
 
 class Publication:
-    """A folder in the making for `target`. As a context manager: published on success, gone on failure."""
+    """A folder in the making for `target`. As a context manager: published on success, gone on failure.
 
-    def __init__(self, target: Path, *, force: bool, sources: tuple[Path, ...] = ()) -> None:
-        self.target = Path(os.path.abspath(target))
-        if not self.target.name:
-            raise ConversionError(f"--tgt {target} is the root of all folders. Choose a folder in it.")
-        self.folder = self.target.with_name(f".{self.target.name}.partial")
-        self._replaced = self.target.with_name(f".{self.target.name}.replaced")
+    `warn` is called with a sentence where the target is complete but something else is not as it should be.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        *,
+        force: bool,
+        sources: tuple[Path, ...] = (),
+        warn: Callable[[str], object] = lambda sentence: None,
+    ) -> None:
+        self.target = _followed(target)
+        self._hidden = self.target.with_name(f".{self.target.name}.partial")
+        self.folder = self._hidden / "new"
+        self._old, self._trash, self._probe = (self._hidden / name for name in ("old", "trash", "probe"))
         self._force = force
+        self._warn = warn
         self._lock: int | None = None
         self._new_parents: list[Path] = []
-        self._check_sources(sources)
-        if os.path.lexists(self.folder) or os.path.lexists(self._replaced):
+        self._check_place(sources)
+        if os.path.lexists(self._hidden):
             self._clean_up()
         self._check_target()
 
-    def _check_sources(self, sources: tuple[Path, ...]) -> None:
-        real = Path(os.path.realpath(self.target))
+    def _check_place(self, sources: tuple[Path, ...]) -> None:
+        """Never replaced, empty or not: where the user stands or lives, mounted disks, and the source."""
+        if os.path.lexists(self.target) and not self.target.is_dir():
+            raise ConversionError(f"--tgt {self.target} exists and is a link or a file. Choose another name.")
         for source in (Path(os.path.realpath(source)) for source in sources):
-            if source == real or real in source.parents:
+            if _holds(self.target, source):
                 raise ConversionError(f"--tgt {self.target} is, or holds, the source {source}. Choose another folder.")
+        for what, place in _kept_places():
+            if _holds(self.target, place):
+                raise ConversionError(
+                    f"--tgt {self.target} is, or holds, {what} {place}, which no run replaces. Choose a folder in it, "
+                    f"such as {self.target / 'model'}."
+                )
 
     def _check_target(self) -> None:
-        for parent in self.target.parents:
-            if os.path.lexists(parent) and not parent.is_dir():
-                raise ConversionError(f"--tgt {self.target} is to lie in {parent}, which is no folder. Choose another.")
-        if self.target.is_symlink() or (self.target.exists() and not self.target.is_dir()):
-            raise ConversionError(f"--tgt {self.target} exists and is a link or a file. Choose another name.")
-        if not self._force and self._is_filled():
+        if not self._is_filled():
+            return
+        if not self._force:
             raise ConversionError(
                 f"--tgt {self.target} exists and is not empty. Remove it, or replace it with --force."
+            )
+        others = other_files(self.target)
+        if others or not has_weight_files(self.target):
+            named = f"{', '.join(others[:NAMED_FILES])}{_and_more(others)}" if others else "no weights"
+            raise ConversionError(
+                f"--tgt {self.target} holds {named}: --force replaces a folder of model files alone. Move away what "
+                "you want to keep and remove the folder, or choose another --tgt."
             )
 
     def _is_filled(self) -> bool:
@@ -72,9 +107,11 @@ class Publication:
         self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked_folder(self.folder)
-            self._put_back()
+            self._lock = _locked_folder(self._hidden)
+            self._recover()
             self._check_target()
+            self._check_renames()
+            self.folder.mkdir()
         except BaseException:
             self._abandon()
             raise
@@ -84,6 +121,7 @@ class Publication:
         if error is None:
             try:
                 self._publish()
+                self._remove_old()
             except BaseException:
                 self._abandon()
                 raise
@@ -91,12 +129,35 @@ class Publication:
         else:
             self._abandon()
 
+    def _check_renames(self) -> None:
+        """ConversionError where the last step would fail: the folder that is to be replaced cannot be moved.
+
+        Tried as it will be done, but onto a folder that is not empty, which no file system allows: the error says
+        whether that is the only obstacle. An empty folder need not be moved, so another layer of an overlay is none.
+        """
+        if not self.target.is_dir():
+            return
+        self._probe.mkdir()
+        (self._probe / MARK).touch()
+        try:
+            self.target.rename(self._probe)
+        except OSError as error:
+            obstacles = {errno.ENOTEMPTY, errno.EEXIST} | (set() if self._is_filled() else {errno.EXDEV})
+            if error.errno not in obstacles:
+                raise ConversionError(
+                    f"--tgt {self.target} cannot be replaced ({error.strerror}): it is a mount point, belongs to "
+                    "another user, or lies in a layer that cannot be changed. Choose another name or a folder in it."
+                ) from error
+        else:
+            self._probe.rename(self.target)
+        shutil.rmtree(self._probe)
+
     def _publish(self) -> None:
         for path in [*self.folder.rglob("*"), self.folder]:
             _flush(path)
         self._check_target()
         if self._is_filled():
-            self.target.rename(self._replaced)
+            self.target.rename(self._old)
         self.folder.rename(self.target)
         try:
             _flush(self.target.parent)
@@ -105,14 +166,27 @@ class Publication:
                 f"{self.target} is complete, but {error.filename} could not be flushed to the disk ({error.strerror}). "
                 "Check the disk before you rely on it."
             ) from error
-        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _remove_old(self) -> None:
+        """The target is complete: what it was goes, and the hidden folder."""
+        try:
+            self._put_back()
+            self._remove_hidden()
+        except OSError as error:
+            self._warn(
+                f"{self.target} is complete, but {self._hidden} and what was replaced in it could not be removed "
+                f"({error.strerror}: {error.filename}). Remove it yourself."
+            )
 
     def _abandon(self) -> None:
-        """Leaves things as they were before, and nothing of this run."""
+        """Leaves things as they were before, and nothing of this run; what cannot be removed, the next one removes."""
         if self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._put_back()
-            self._unlock()
+            try:
+                with contextlib.suppress(OSError):
+                    self._put_back()
+                    self._remove_hidden()
+            finally:
+                self._unlock()
         for parent in self._new_parents:
             _remove_if_empty(parent)
 
@@ -121,45 +195,135 @@ class Publication:
             os.close(self._lock)
             self._lock = None
 
+    def _recover(self) -> None:
+        """Removes or puts back what a killed run left in the hidden folder; all but its mark."""
+        try:
+            self._put_back()
+            self._remove_content()
+        except OSError as error:
+            raise ConversionError(
+                f"{self._hidden}, left by a run for {self.target}, cannot be removed ({error.strerror}: "
+                f"{error.filename}). Remove it yourself, and run again."
+            ) from error
+
     def _put_back(self) -> None:
         """What a run that ended between the two renames of --force left: the old folder, under its other name."""
+        if not os.path.lexists(self._old):
+            return
         if self._is_filled():
-            shutil.rmtree(self._replaced, ignore_errors=True)
-        elif self._replaced.exists():
-            self._replaced.rename(self.target)
+            self._old.rename(self._trash)
+            return
+        try:
+            self._old.rename(self.target)
+        except OSError as error:
+            raise ConversionError(
+                f"{self._old} is what {self.target} was, and cannot be put back ({error.strerror}). Move it there "
+                "yourself."
+            ) from error
 
     def _clean_up(self) -> None:
         """Removes or puts back what a killed run left; ConversionError where it is not dead."""
-        lock = _locked_folder(self.folder)
+        self._lock = _locked_folder(self._hidden)
         try:
-            self._put_back()
-            self.folder.rmdir()
+            self._recover()
+            self._remove_hidden()
         finally:
-            os.close(lock)
+            self._unlock()
+
+    def _remove_hidden(self) -> None:
+        self._remove_content()
+        (self._hidden / MARK).unlink(missing_ok=True)  # last: without it the rest would be nobody's
+        self._hidden.rmdir()
+
+    def _remove_content(self) -> None:
+        for path in (self._trash, self.folder, self._probe):
+            if os.path.lexists(path):
+                shutil.rmtree(path)
+
+
+def _followed(target: Path) -> Path:
+    """Where a --tgt lies: absolute, links followed; ConversionError where that is no place for a folder."""
+    try:
+        parents = Path(os.path.abspath(target)).parents
+        found = Path(os.path.realpath(target))
+    except FileNotFoundError as error:
+        raise ConversionError(
+            f"--tgt {target} is to lie in the current folder, which does not exist any more."
+        ) from error
+    for parent in parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise ConversionError(f"--tgt {target} is to lie in {parent}, which is no folder. Choose another.")
+    if target.is_symlink() and not found.is_dir():
+        raise ConversionError(f"--tgt {target} exists and is a link or a file. Choose another name.")
+    if not found.name:
+        raise ConversionError(f"--tgt {target} is the root of all folders. Choose a folder in it.")
+    return found
+
+
+def _holds(folder: Path, place: Path) -> bool:
+    return folder == place or folder in place.parents
+
+
+def _kept_places() -> Iterator[tuple[str, Path]]:
+    with contextlib.suppress(OSError):  # the current folder was removed
+        yield "the current folder", Path.cwd()
+    homes = {os.path.expanduser("~")}
+    with contextlib.suppress(KeyError):  # a user id without an entry, as in containers
+        homes.add(pwd.getpwuid(os.getuid()).pw_dir)
+    for home in sorted(homes):
+        if os.path.isabs(home):
+            yield "the home folder", Path(os.path.realpath(home))
+    for mount_point in _mount_points():
+        yield "the mount point", mount_point
+
+
+def _mount_points() -> list[Path]:
+    """The places where disks are mounted, as the kernel lists them: bind mounts look like any folder otherwise."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return []  # the rename tried before anything is written still finds them
+    escaped = (line.split(b" ")[4] for line in lines)
+    return [Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), path))) for path in escaped]
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
 
 
 def _locked_folder(folder: Path) -> int:
-    """The descriptor that locks `folder`, made where it was not and emptied where it was; it is closed to unlock.
+    """The descriptor that locks `folder`, made and marked where it was not; it is closed to unlock.
 
-    ConversionError where another process has the lock, or had it and renamed or removed the folder meanwhile.
+    ConversionError where another process has the lock, or had it and renamed or removed the folder meanwhile, and
+    where the folder is not one of ours.
     """
+    lock, others = None, False
     try:
-        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if folder.is_symlink() or not folder.is_dir():
+            raise _not_ours(folder)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        others = not (_try_lock(lock, folder) and folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()))
+        if others:
+            raise ConversionError(f"another run is writing {folder}. Wait for it to end, or choose another --tgt.")
+        if any(folder.iterdir()) and not (folder / MARK).exists():
+            raise _not_ours(folder)
+        (folder / MARK).touch()
     except BaseException:
-        _remove_if_empty(folder)
-        raise
-    if not _try_lock(lock) or not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
-        os.close(lock)
-        raise ConversionError(f"another run is writing {folder}. Wait for it to end, or choose another --tgt.")
-    try:
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    except BaseException:
-        _remove_if_empty(folder)
-        os.close(lock)
+        if not others:
+            _remove_if_empty(folder)
+        if lock is not None:
+            os.close(lock)
         raise
     return lock
+
+
+def _not_ours(folder: Path) -> ConversionError:
+    return ConversionError(
+        f"{folder} is where this run would write, but no run of these scripts made it. Move it away, or choose another "
+        "--tgt."
+    )
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -167,11 +331,20 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, folder: Path) -> bool:
+    """Whether the lock was free. On a file system without locks a folder with content may be another run's."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        if any(folder.iterdir()):
+            raise ConversionError(
+                f"{folder} is there, and its file system has no locks to tell whether another run is writing it. "
+                "Remove it if none is."
+            ) from error
     return True
 
 

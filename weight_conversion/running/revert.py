@@ -51,7 +51,7 @@ class _Source:
 
 def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
-    publication = Publication(request.target, force=request.force, sources=(request.source,))
+    publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
     source = _understand(family, request, reporter)
     if request.verify:
         verify_files(source.folder)
