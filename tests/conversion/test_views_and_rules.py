@@ -94,7 +94,7 @@ def test_attention_rules_pair_every_element_once(case: tuple[ModelShape, int, At
         full: torch.tensor([next(numbers) for _ in range(math.prod(full.shape))]).view(full.shape) for full in fulls
     }
     split = {part: torch.full(part.shape, -1) for rank in parts for part in rank}
-    for move in Match(Entry((), (), (), rule), fulls, parts).moves(shape):  # builds no move that covers less than all
+    for move in Match(Entry((), (), (), rule), fulls, [parts]).moves(shape):  # builds no move that covers less than all
         for full, part in move.pairs:
             window(part, split[part.tensor]).copy_(window(full, content[full.tensor]))
     everything = torch.cat([part.flatten() for part in split.values()])

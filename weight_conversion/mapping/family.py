@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
+from ..folders.grid import FileNames, Group
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint
 from ..tokenizer.tokenizer_files import TokenizerSpec
-from .rules import AttentionHeads, HeadLayout, ModelShape, Rule, Split
+from .rules import (
+    AttentionHeads,
+    AttentionRows,
+    HeadLayout,
+    JoinedHalves,
+    ModelShape,
+    OnRankZero,
+    Replicated,
+    Rule,
+    Split,
+)
 from .table import LAYER, Layout, Row, Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,8 +53,8 @@ class Family:
     tokenizer: TokenizerSpec
     layout_found: Callable[[TrainingCheckpoint, int | None], Layout]
     """(checkpoint, --version or None) -> the choices that its tensors were saved under."""
-    layout_written: Callable[[bool, bool, int], Layout]
-    """(has biases, --embed_split, --version) -> the choices that reverting writes."""
+    layout_written: Callable[[Layout, int], Layout]
+    """(choices of either family, --version) -> all choices that reverting writes."""
     hf_config: Callable[[Rope], dict[str, Any]]
     """Keys of config.json that only this family has."""
     training_config: Callable[[ModelShape, Mapping[str, Any], Rope], dict[str, Any]]
@@ -87,7 +98,7 @@ def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout:
         tensor, dim = checkpoint.first(names[-1]), row.dims[0].index(size)
         if tensor is None or len(tensor.shape) != len(row.dims[0]):
             continue
-        found = tensor.shape[dim] * (checkpoint.tp_size if dim == row.rule.dim else 1)
+        found = tensor.shape[dim] * (checkpoint.grid.size(row.rule.over) if dim == row.rule.dim else 1)
         if checkpoint.config.get(size, found) != found:
             raise ConversionError(
                 f"{checkpoint.folder / MODEL_CONFIG} says {size} = {checkpoint.config[size]}, but tensor "
@@ -160,36 +171,101 @@ def mlp_ratio(shape: ModelShape) -> float:
 
 # ------------------------------------------------------------------ choices that checkpoints of both families make
 
+TENSOR_PARALLEL, ISP = "cut over tensor-parallel ranks", "cut over weight-parallel ranks"
+"""Every layer's linear maps: over which ranks, and so how."""
+OUTER_OVER = {Group.TENSOR: "ends over tensor-parallel ranks", Group.WEIGHT: "ends over weight-parallel ranks"}
+"""Over which ranks the embedding and the head are cut."""
 HIDDEN_SPLIT, VOCABULARY_SPLIT, UNNAMED_VOCABULARY_SPLIT = (
     "hidden split",
     "vocabulary split",
     "unnamed vocabulary split",
 )
-"""Embedding of a rank: its columns [V, H/tp]; its rows [V/tp, H]; its rows under the name that columns have."""
+"""Embedding of a rank: its columns [V, H/n]; its rows [V/n, H]; its rows under the name that columns have."""
+OWN_ROWS, JOINED_ROWS = "gate and up each cut", "gate and up cut as one"
+"""Of isp: with `mlp_layer_fusion` training cuts [gate; up], and saves the halves of each chunk as gate and up."""
 HALVES, INTERLEAVED = "halves", "interleaved"
 BIAS, NO_BIAS = "bias", "no bias"
 
 EMBEDDING_CHOICES = (HIDDEN_SPLIT, VOCABULARY_SPLIT, UNNAMED_VOCABULARY_SPLIT)
 ORDER_CHOICES = (HALVES, INTERLEAVED)
 BIAS_CHOICES = (BIAS, NO_BIAS)
+COMMON_CHOICES = (
+    (TENSOR_PARALLEL, ISP),
+    tuple(OUTER_OVER.values()),
+    EMBEDDING_CHOICES,
+    (OWN_ROWS, JOINED_ROWS),
+    ORDER_CHOICES,
+    BIAS_CHOICES,
+)
 
 RECOMPUTED = (r".*rotary_emb\.inv_freq",)
 """Tables that old checkpoints carry and that every model computes."""
 
+Names = tuple[str, str]
+"""(training name, Hugging Face name)."""
+WIDE, NARROW = "intermediate_size hidden_size", "hidden_size intermediate_size"
 
-def row(training: str, hf: str, dims: str, rule: Rule, *only: str) -> Row:
+
+def row(names: Names, dims: str, rule: Rule, *only: str) -> Row:
     """A row of one tensor on each side; `dims` are words."""
+    training, hf = names
     return Row((training,), (hf,), (tuple(dims.split()),), rule, frozenset(only))
+
+
+def norm_row(names: Names, *only: str) -> Row:
+    return row(names, "hidden_size", Replicated(), *only)
+
+
+def linear_rows(names: Names, dims: str, dim: int, *only: str) -> list[Row]:
+    """A weight that tensor-parallel ranks share along `dim`; weight-parallel ranks share the rows of every weight."""
+    return [
+        row(names, dims, Split(dim), TENSOR_PARALLEL, *only),
+        row(names, dims, Split(0, Group.WEIGHT), ISP, *only),
+    ]
+
+
+def output_bias_rows(names: Names, *only: str) -> list[Row]:
+    """The bias of the attention's output."""
+    return [
+        row(names, "hidden_size", OnRankZero(), TENSOR_PARALLEL, BIAS, *only),
+        row(names, "hidden_size", Split(0, Group.WEIGHT), ISP, BIAS, *only),
+    ]
+
+
+def gate_up_rows(gate: Names, up: Names, *only: str) -> list[Row]:
+    """The gate and the up projection, which training may fuse."""
+    apart = [
+        row(names, WIDE, rule, mode, *more, *only)
+        for names in (gate, up)
+        for rule, mode, more in (
+            (Split(0), TENSOR_PARALLEL, ()),
+            (Split(0, Group.WEIGHT), ISP, (OWN_ROWS,)),
+        )
+    ]
+    (gate_training, gate_hf), (up_training, up_hf) = gate, up
+    dims = tuple(WIDE.split())
+    joined = frozenset({ISP, JOINED_ROWS, *only})
+    return [*apart, Row((gate_training, up_training), (gate_hf, up_hf), (dims, dims), JoinedHalves(), joined)]
 
 
 def embedding_rows(stem: str, hf: str, *only: str) -> list[Row]:
     """The embedding `stem`, in the three ways that ranks share it."""
     dims = "vocab_size hidden_size"
     return [
-        row(f"{stem}.weight", hf, dims, Split(1), HIDDEN_SPLIT, *only),
-        row(f"{stem}.word_embeddings.weight", hf, dims, Split(0), VOCABULARY_SPLIT, *only),
-        row(f"{stem}.weight", hf, dims, Split(0), UNNAMED_VOCABULARY_SPLIT, *only),
+        row((f"{stem}{name}.weight", hf), dims, Split(dim, group), choice, outer, *only)
+        for group, outer in OUTER_OVER.items()
+        for name, dim, choice in (
+            ("", 1, HIDDEN_SPLIT),
+            (".word_embeddings", 0, VOCABULARY_SPLIT),
+            ("", 0, UNNAMED_VOCABULARY_SPLIT),
+        )
     ]
+
+
+def head_rows(names: Names, *only: str) -> list[Row]:
+    """The output weight, whose rows ranks share."""
+    dims = "vocab_size hidden_size"
+    return [row(names, dims, Split(0, group), outer, *only) for group, outer in OUTER_OVER.items()]
 
 
 def attention_rows(
@@ -204,11 +280,37 @@ def attention_rows(
             tuple(f"{name}.{kind}" for name in training_names),
             tuple(f"{name}.{kind}" for name in hf_names),
             dims,
-            AttentionHeads(training_layout, hf_layout, interleaved=order == INTERLEAVED),
-            frozenset({order, *only}),
+            rule(training_layout, hf_layout, interleaved=order == INTERLEAVED),
+            frozenset({order, mode, *only}),
         )
         for order in ORDER_CHOICES
+        for mode, rule in ((TENSOR_PARALLEL, AttentionHeads), (ISP, AttentionRows))
     ]
+
+
+def common_choices(names: FileNames, embedding: str, order: str, *, joined: bool, bias: bool) -> Layout:
+    """What a layout of either family says."""
+    return frozenset(
+        {
+            ISP if names.is_isp else TENSOR_PARALLEL,
+            OUTER_OVER[names.outer_group],
+            embedding,
+            JOINED_ROWS if joined else OWN_ROWS,
+            order,
+            BIAS if bias else NO_BIAS,
+        }
+    )
+
+
+def choices_found(checkpoint: TrainingCheckpoint, embedding: str, *, bias: bool) -> Layout:
+    """What the checkpoint chose of that; `embedding` is the stem of its name."""
+    return common_choices(
+        checkpoint.grid.names,
+        embedding_found(checkpoint, embedding),
+        order_found(checkpoint),
+        joined=bool(checkpoint.config.get("mlp_layer_fusion", False)),
+        bias=bias,
+    )
 
 
 def embedding_found(checkpoint: TrainingCheckpoint, stem: str) -> str:
@@ -217,7 +319,8 @@ def embedding_found(checkpoint: TrainingCheckpoint, stem: str) -> str:
         return VOCABULARY_SPLIT
     plain, hidden_size = checkpoint.first(f"{stem}.weight"), checkpoint.config.get("hidden_size")
     whole_rows = plain is not None and plain.shape[1:] == (hidden_size,)
-    return UNNAMED_VOCABULARY_SPLIT if whole_rows and checkpoint.tp_size > 1 else HIDDEN_SPLIT
+    shared = checkpoint.grid.size(checkpoint.grid.names.outer_group) > 1
+    return UNNAMED_VOCABULARY_SPLIT if whole_rows and shared else HIDDEN_SPLIT
 
 
 def order_found(checkpoint: TrainingCheckpoint) -> str:

@@ -15,23 +15,22 @@ from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.tokenizer_files import INTERNLM_TOKENIZER
 from .family import (
     BIAS,
-    BIAS_CHOICES,
-    EMBEDDING_CHOICES,
-    HALVES,
-    HIDDEN_SPLIT,
-    NO_BIAS,
-    ORDER_CHOICES,
+    COMMON_CHOICES,
+    NARROW,
     RECOMPUTED,
-    VOCABULARY_SPLIT,
+    WIDE,
     Family,
     Rope,
     attention_rows,
-    embedding_found,
+    choices_found,
     embedding_rows,
-    order_found,
-    row,
+    gate_up_rows,
+    head_rows,
+    linear_rows,
+    norm_row,
+    output_bias_rows,
 )
-from .rules import ModelShape, OnRankZero, Replicated, Separate, Split, Stacked
+from .rules import ModelShape, Separate, Stacked
 from .table import Layout, Row, Table
 
 NATIVE, LLAMA_LIKE = "native names", "Llama-like names"
@@ -42,20 +41,20 @@ HF_THREE = (Separate(), [f"{HF_LAYER}.self_attn.{x}_proj" for x in "qkv"])
 BLOCK, LAYER = "blocks.{layer}", "layers.{layer}"
 ONE = (Stacked(), [f"{BLOCK}.mixer.Wqkv"])
 THREE = (Separate(), [f"{LAYER}.attention.w{x}" for x in "qkv"])
-O_PROJ, HIDDEN = f"{HF_LAYER}.self_attn.o_proj", "hidden_size"
-INPUT_NORM, POST_ATTENTION_NORM = f"{HF_LAYER}.input_layernorm", f"{HF_LAYER}.post_attention_layernorm"
+O_PROJ, O_DIMS = f"{HF_LAYER}.self_attn.o_proj", "hidden_size q_rows"
+INPUT_NORM, POST_ATTENTION_NORM = f"{HF_LAYER}.input_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight"
 
 
 def _mlp_rows(stem: str, names: str) -> list[Row]:
-    """Gate, up and down projection of `stem`, under the names of both versions."""
+    """Gate, up and down projection of `stem`, under the names of both versions; the first never fused them."""
     gate, up, down = (f"{HF_LAYER}.mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
-    wide, narrow = "intermediate_size hidden_size", "hidden_size intermediate_size"
+    w1, w2, w3 = (f"{stem}.{w}.weight" for w in ("w1", "w2", "w3"))
     return [
-        row(f"{stem}.w1.weight", gate, wide, Split(0), names),
-        row(f"{stem}.w2.weight", up, wide, Split(0), names, VERSION_1),
-        row(f"{stem}.w3.weight", up, wide, Split(0), names, VERSION_2),
-        row(f"{stem}.w3.weight", down, narrow, Split(1), names, VERSION_1),
-        row(f"{stem}.w2.weight", down, narrow, Split(1), names, VERSION_2),
+        *linear_rows((w1, gate), WIDE, 0, names, VERSION_1),
+        *linear_rows((w2, up), WIDE, 0, names, VERSION_1),
+        *linear_rows((w3, down), NARROW, 1, names, VERSION_1),
+        *gate_up_rows((w1, gate), (w3, up), names, VERSION_2),
+        *linear_rows((w2, down), NARROW, 1, names, VERSION_2),
     ]
 
 
@@ -67,20 +66,20 @@ TABLE = Table(
         *attention_rows(ONE, HF_THREE, "weight", NATIVE),
         *attention_rows(ONE, HF_THREE, "bias", NATIVE, BIAS),
         *attention_rows(THREE, HF_THREE, "weight", LLAMA_LIKE),
-        row(f"{BLOCK}.mixer.out_proj.weight", f"{O_PROJ}.weight", "hidden_size q_rows", Split(1), NATIVE),
-        row(f"{BLOCK}.mixer.out_proj.bias", f"{O_PROJ}.bias", HIDDEN, OnRankZero(), NATIVE, BIAS),
-        row(f"{LAYER}.attention.wo.weight", f"{O_PROJ}.weight", "hidden_size q_rows", Split(1), LLAMA_LIKE),
+        *linear_rows((f"{BLOCK}.mixer.out_proj.weight", f"{O_PROJ}.weight"), O_DIMS, 1, NATIVE),
+        *output_bias_rows((f"{BLOCK}.mixer.out_proj.bias", f"{O_PROJ}.bias"), NATIVE),
+        *linear_rows((f"{LAYER}.attention.wo.weight", f"{O_PROJ}.weight"), O_DIMS, 1, LLAMA_LIKE),
         *_mlp_rows(f"{BLOCK}.mlp", NATIVE),
         *_mlp_rows(f"{LAYER}.feed_forward", LLAMA_LIKE),
-        row(f"{BLOCK}.norm1.weight", f"{INPUT_NORM}.weight", HIDDEN, Replicated(), NATIVE),
-        row(f"{LAYER}.attention_norm.weight", f"{INPUT_NORM}.weight", HIDDEN, Replicated(), LLAMA_LIKE),
-        row(f"{BLOCK}.norm2.weight", f"{POST_ATTENTION_NORM}.weight", HIDDEN, Replicated(), NATIVE),
-        row(f"{LAYER}.ffn_norm.weight", f"{POST_ATTENTION_NORM}.weight", HIDDEN, Replicated(), LLAMA_LIKE),
-        row("norm.weight", "model.norm.weight", HIDDEN, Replicated()),
-        row("head.weight", "lm_head.weight", "vocab_size hidden_size", Split(0), NATIVE),
-        row("output.weight", "lm_head.weight", "vocab_size hidden_size", Split(0), LLAMA_LIKE),
+        norm_row((f"{BLOCK}.norm1.weight", INPUT_NORM), NATIVE),
+        norm_row((f"{LAYER}.attention_norm.weight", INPUT_NORM), LLAMA_LIKE),
+        norm_row((f"{BLOCK}.norm2.weight", POST_ATTENTION_NORM), NATIVE),
+        norm_row((f"{LAYER}.ffn_norm.weight", POST_ATTENTION_NORM), LLAMA_LIKE),
+        norm_row(("norm.weight", "model.norm.weight")),
+        *head_rows(("head.weight", "lm_head.weight"), NATIVE),
+        *head_rows(("output.weight", "lm_head.weight"), LLAMA_LIKE),
     ),
-    choices=((NATIVE, LLAMA_LIKE), EMBEDDING_CHOICES, ORDER_CHOICES, (VERSION_1, VERSION_2), BIAS_CHOICES),
+    choices=((NATIVE, LLAMA_LIKE), (VERSION_1, VERSION_2), *COMMON_CHOICES),
     ignored=RECOMPUTED,
 )
 # fmt: on
@@ -90,15 +89,11 @@ def _layout_found(checkpoint: TrainingCheckpoint, version: int | None) -> Layout
     llama_like = any(name.startswith("layers.0.") for name in checkpoint.tensors)
     mlp = "layers.0.feed_forward" if llama_like else "blocks.0.mlp"
     bias = any(f"blocks.0.mixer.{w}.bias" in checkpoint.tensors for w in ("Wqkv", "out_proj"))
-    return frozenset(
-        {
-            LLAMA_LIKE if llama_like else NATIVE,
-            embedding_found(checkpoint, "tok_embeddings" if llama_like else "embedding"),
-            order_found(checkpoint),
-            VERSION_1 if _mlp_version(checkpoint, mlp, version) == 1 else VERSION_2,
-            BIAS if bias else NO_BIAS,
-        }
-    )
+    embedding = "tok_embeddings" if llama_like else "embedding"
+    return choices_found(checkpoint, embedding, bias=bias) | {
+        LLAMA_LIKE if llama_like else NATIVE,
+        VERSION_1 if _mlp_version(checkpoint, mlp, version) == 1 else VERSION_2,
+    }
 
 
 def _mlp_version(checkpoint: TrainingCheckpoint, mlp: str, version: int | None) -> int:
@@ -106,7 +101,7 @@ def _mlp_version(checkpoint: TrainingCheckpoint, mlp: str, version: int | None) 
     w1, w2 = checkpoint.first(f"{mlp}.w1.weight"), checkpoint.first(f"{mlp}.w2.weight")
     if w1 is None or w2 is None:
         raise ConversionError(f"{checkpoint.folder} lacks {mlp}.w1.weight or w2.weight: no InternLM checkpoint.")
-    if w1.shape == w1.shape[::-1]:
+    if w1.shape == _down_shape(checkpoint, w1.shape):
         if version is None:
             raise ConversionError(
                 f"{w1.path}: w1, w2 and w3 are square ({list(w1.shape)}), so their shapes do not tell which is the up "
@@ -119,16 +114,19 @@ def _mlp_version(checkpoint: TrainingCheckpoint, mlp: str, version: int | None) 
     return found
 
 
-def _layout_written(bias: bool, embed_split: bool, version: int) -> Layout:
-    return frozenset(
-        {
-            NATIVE,
-            HIDDEN_SPLIT if embed_split else VOCABULARY_SPLIT,
-            HALVES,
-            VERSION_1 if version == 1 else VERSION_2,
-            BIAS if bias else NO_BIAS,
-        }
-    )
+def _down_shape(checkpoint: TrainingCheckpoint, gate: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a rank's down projection has beside a gate of this shape: [I/T, H] -> [H, I/T]; of isp [H/W, I].
+
+    A gate of other than two dimensions is found to be wrong later.
+    """
+    if len(gate) != 2 or not checkpoint.grid.names.is_isp:
+        return gate[::-1]
+    wp_size = checkpoint.grid.wp_size
+    return (gate[1] // wp_size, gate[0] * wp_size)
+
+
+def _layout_written(common: Layout, version: int) -> Layout:
+    return common | {NATIVE, VERSION_1 if version == 1 else VERSION_2}
 
 
 def _hf_config(rope: Rope) -> dict[str, Any]:

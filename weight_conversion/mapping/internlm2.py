@@ -9,23 +9,21 @@ from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.tokenizer_files import INTERNLM2_TOKENIZER
 from .family import (
     BIAS,
-    BIAS_CHOICES,
-    EMBEDDING_CHOICES,
-    HALVES,
-    HIDDEN_SPLIT,
-    NO_BIAS,
-    ORDER_CHOICES,
+    COMMON_CHOICES,
+    NARROW,
     RECOMPUTED,
-    VOCABULARY_SPLIT,
     Family,
     Rope,
     attention_rows,
-    embedding_found,
+    choices_found,
     embedding_rows,
-    order_found,
-    row,
+    gate_up_rows,
+    head_rows,
+    linear_rows,
+    norm_row,
+    output_bias_rows,
 )
-from .rules import Grouped, ModelShape, OnRankZero, Replicated, Separate, Split
+from .rules import Grouped, ModelShape, Separate
 from .table import Layout, Table
 
 FUSED, SEPARATE = "wqkv", "wq, wk, wv"
@@ -35,7 +33,12 @@ LAYER, HF_LAYER = "layers.{layer}", "model.layers.{layer}"
 ONE = (Grouped(), [f"{LAYER}.attention.wqkv"])
 THREE = (Separate(), [f"{LAYER}.attention.wq", f"{LAYER}.attention.wk", f"{LAYER}.attention.wv"])
 HF_ONE = (Grouped(), [f"{HF_LAYER}.attention.wqkv"])
-WIDE, NARROW = "intermediate_size hidden_size", "hidden_size intermediate_size"
+
+
+def _same(name: str) -> tuple[str, str]:
+    """A tensor of a layer that has one name on both sides."""
+    return f"{LAYER}.{name}", f"{HF_LAYER}.{name}"
+
 
 # fmt: off
 TABLE = Table(
@@ -45,17 +48,16 @@ TABLE = Table(
         *attention_rows(THREE, HF_ONE, "weight", SEPARATE),
         *attention_rows(ONE, HF_ONE, "bias", FUSED, BIAS),
         *attention_rows(THREE, HF_ONE, "bias", SEPARATE, BIAS),
-        row(f"{LAYER}.attention.wo.weight", f"{HF_LAYER}.attention.wo.weight", "hidden_size q_rows", Split(1)),
-        row(f"{LAYER}.attention.wo.bias", f"{HF_LAYER}.attention.wo.bias", "hidden_size", OnRankZero(), BIAS),
-        row(f"{LAYER}.feed_forward.w1.weight", f"{HF_LAYER}.feed_forward.w1.weight", WIDE, Split(0)),
-        row(f"{LAYER}.feed_forward.w3.weight", f"{HF_LAYER}.feed_forward.w3.weight", WIDE, Split(0)),
-        row(f"{LAYER}.feed_forward.w2.weight", f"{HF_LAYER}.feed_forward.w2.weight", NARROW, Split(1)),
-        row(f"{LAYER}.attention_norm.weight", f"{HF_LAYER}.attention_norm.weight", "hidden_size", Replicated()),
-        row(f"{LAYER}.ffn_norm.weight", f"{HF_LAYER}.ffn_norm.weight", "hidden_size", Replicated()),
-        row("norm.weight", "model.norm.weight", "hidden_size", Replicated()),
-        row("output.weight", "output.weight", "vocab_size hidden_size", Split(0)),
+        *linear_rows(_same("attention.wo.weight"), "hidden_size q_rows", 1),
+        *output_bias_rows(_same("attention.wo.bias")),
+        *gate_up_rows(_same("feed_forward.w1.weight"), _same("feed_forward.w3.weight")),
+        *linear_rows(_same("feed_forward.w2.weight"), NARROW, 1),
+        norm_row(_same("attention_norm.weight")),
+        norm_row(_same("ffn_norm.weight")),
+        norm_row(("norm.weight", "model.norm.weight")),
+        *head_rows(("output.weight", "output.weight")),
     ),
-    choices=(EMBEDDING_CHOICES, (FUSED, SEPARATE), ORDER_CHOICES, BIAS_CHOICES),
+    choices=((FUSED, SEPARATE), *COMMON_CHOICES),
     ignored=RECOMPUTED,
 )
 # fmt: on
@@ -64,18 +66,12 @@ TABLE = Table(
 def _layout_found(checkpoint: TrainingCheckpoint, version: int | None) -> Layout:
     names = checkpoint.tensors
     bias = any(f"layers.0.attention.{w}.bias" in names for w in ("wqkv", "wq", "wo"))
-    return frozenset(
-        {
-            embedding_found(checkpoint, "tok_embeddings"),
-            SEPARATE if "layers.0.attention.wq.weight" in names else FUSED,
-            order_found(checkpoint),
-            BIAS if bias else NO_BIAS,
-        }
-    )
+    separate = "layers.0.attention.wq.weight" in names
+    return choices_found(checkpoint, "tok_embeddings", bias=bias) | {SEPARATE if separate else FUSED}
 
 
-def _layout_written(bias: bool, embed_split: bool, version: int) -> Layout:
-    return frozenset({HIDDEN_SPLIT if embed_split else VOCABULARY_SPLIT, FUSED, HALVES, BIAS if bias else NO_BIAS})
+def _layout_written(common: Layout, version: int) -> Layout:
+    return common | {FUSED}
 
 
 def _hf_config(rope: Rope) -> dict[str, Any]:

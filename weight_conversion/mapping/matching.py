@@ -13,65 +13,82 @@ import torch
 from ..errors import ConversionError, shown
 from ..files.copying import Move
 from ..files.views import StoredTensor, TensorSpec
-from ..folders.internevo_folder import TrainingCheckpoint, shard_name
-from .rules import ModelShape
+from ..folders.grid import Grid, Group
+from ..folders.internevo_folder import TrainingCheckpoint
+from .rules import ModelShape, Rule
 from .table import Entry, Layout, Table
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+Parts = Sequence[Sequence[StoredTensor]]
+"""The tensors of each part of an entry, by training name."""
+
+
 @dataclass(frozen=True)
 class Match:
-    """An entry with its tensors: `fulls` by Hugging Face name, `parts` by rank and training name."""
+    """An entry with its tensors: `fulls` by Hugging Face name, `copies` of all its parts, at least one."""
 
     entry: Entry
     fulls: Sequence[StoredTensor]
-    parts: Sequence[Sequence[StoredTensor]]
+    copies: Sequence[Parts]
 
     def moves(self, shape: ModelShape) -> list[Move]:
-        """One move per full tensor; of a replicated tensor one per rank, each of which holds all of it."""
-        fulls, parts = (
-            [full.view() for full in self.fulls],
-            [[part.view() for part in rank] for rank in self.parts],
-        )
-        if self.entry.rule.replicated:
-            return [Move(self.fulls[0], (pair,)) for pair in self.entry.rule.pairs(fulls, parts, shape)]
-        pairs = list(self.entry.rule.pairs(fulls, parts, shape))
-        return [Move(full, tuple(pair for pair in pairs if pair[0].tensor is full)) for full in self.fulls]
+        """One move per full tensor and copy."""
+        fulls = [full.view() for full in self.fulls]
+        moves = []
+        for copy in self.copies:
+            parts = [[tensor.view() for tensor in part] for part in copy]
+            pairs = list(self.entry.rule.pairs(fulls, parts, shape))
+            moves += [Move(full, tuple(pair for pair in pairs if pair[0].tensor is full)) for full in self.fulls]
+        return moves
+
+
+def copies_of(rule: Rule, grid: Grid) -> list[list[int]]:
+    """For each copy of a tensor that is cut by `rule`, the members of the grid that hold its parts, in order."""
+    size = grid.size(rule.over)
+    holders: dict[int, list[int]] = {}
+    for member, rank in enumerate(grid.ranks(rule.over)):
+        part = rule.part_of(rank, size)
+        if part is not None:
+            holders.setdefault(part, []).append(member)
+    count = max(len(members) for members in holders.values())
+    return [[holders[part][min(copy, len(holders[part]) - 1)] for part in sorted(holders)] for copy in range(count)]
 
 
 def match_training(
     checkpoint: TrainingCheckpoint, table: Table, layout: Layout, shape: ModelShape
-) -> list[tuple[Entry, list[list[StoredTensor]]]]:
-    """Every entry with the tensors of each rank that holds it; ConversionError names what does not fit."""
+) -> list[tuple[Entry, list[Parts]]]:
+    """Every entry with the copies of its parts; ConversionError names what does not fit."""
     entries = table.entries(layout, shape)
     found = {name: tensor for name in checkpoint.tensors if (tensor := checkpoint.first(name))}
     _refuse_unknown(found, {name for entry in entries for name in entry.training}, table)
-    return [(entry, _parts_of(entry, checkpoint, shape)) for entry in entries]
+    return [(entry, _copies_found(entry, checkpoint, shape)) for entry in entries]
 
 
-def _parts_of(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShape) -> list[list[StoredTensor]]:
-    tp_size = checkpoint.tp_size
-    shapes = part_shapes(entry, tp_size, shape)
-    holders = entry.rule.holders(tp_size)
-    parts: list[list[StoredTensor]] = [[] for _ in holders]
-    for name, expected in zip(entry.training, shapes, strict=True):
-        ranks = checkpoint.tensors.get(name, [None] * tp_size)
-        for rank, tensor in enumerate(ranks):
-            if rank not in holders:
+def _copies_found(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShape) -> list[Parts]:
+    grid = checkpoint.grid
+    group, size = entry.rule.over, grid.size(entry.rule.over)
+    holders = copies_of(entry.rule, grid)
+    holding = {member for copy in holders for member in copy}
+    by_member: dict[int, list[StoredTensor]] = {member: [] for member in holding}
+    for name, expected in zip(entry.training, part_shapes(entry, grid, shape), strict=True):
+        for member, tensor in enumerate(checkpoint.tensors.get(name, [None] * len(grid.members))):
+            if member not in holding:
                 if tensor is not None:
+                    rank = grid.ranks(group)[member]
                     raise ConversionError(f"{tensor.path}: tensor {tensor.name!r} is not expected on rank {rank}.")
                 continue
             if tensor is None:
                 raise ConversionError(
                     f"{checkpoint.folder}: tensor {name!r} (layers counted through the pipeline) is in none of "
-                    f"{shard_name(rank, '*')}, expected on each of {len(holders)} tensor-parallel ranks. The "
-                    "checkpoint is incomplete or no model of this family."
+                    f"{grid.name(grid.members[member], '*')}, expected on each of {len(holding)} {group.value} ranks. "
+                    "The checkpoint is incomplete or no model of this family."
                 )
-            _check(tensor, expected, f"on each of {tp_size} tensor-parallel ranks")
-            parts[rank].append(tensor)
-    _check_same_dtype([tensor for rank in parts for tensor in rank])
-    return parts
+            _check(tensor, expected, f"on each of {size} {group.value} ranks")
+            by_member[member].append(tensor)
+    _check_same_dtype([tensor for tensors in by_member.values() for tensor in tensors])
+    return [[by_member[member] for member in copy] for copy in holders]
 
 
 def match_hf(
@@ -93,20 +110,27 @@ def match_hf(
     return matched
 
 
-def part_shapes(entry: Entry, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
-    """Shapes of a rank's tensors of `entry`; ConversionError where `tp_size` does not divide them."""
+def part_shapes(entry: Entry, grid: Grid, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Shapes of a rank's tensors of `entry`; ConversionError where the grid does not divide them."""
+    group, size = entry.rule.over, grid.size(entry.rule.over)
     try:
-        return entry.rule.part_shapes(entry.hf_shapes, tp_size, shape)
+        return entry.rule.part_shapes(entry.hf_shapes, size, shape)
     except ValueError as error:
         raise ConversionError(
-            f"tensor {entry.training[0]!r} cannot be split over {tp_size} tensor-parallel ranks: {error}. "
-            "Choose a tensor-parallel size that divides the key/value heads, the hidden and the intermediate size."
+            f"tensor {entry.training[0]!r} cannot be split over {size} {group.value} ranks: {error}. "
+            f"Choose a {group.value} size that divides {DIVIDED_BY[group]}."
         ) from error
 
 
-def part_specs(entry: Entry, fulls: Sequence[StoredTensor], tp_size: int, shape: ModelShape) -> list[TensorSpec]:
-    """The tensors that a rank which holds `entry` is to have."""
-    shapes = part_shapes(entry, tp_size, shape)
+DIVIDED_BY = {
+    Group.TENSOR: "the key/value heads, the hidden and the intermediate size",
+    Group.WEIGHT: "the hidden and the intermediate size and the rows of the attention",
+}
+
+
+def part_specs(entry: Entry, fulls: Sequence[StoredTensor], grid: Grid, shape: ModelShape) -> list[TensorSpec]:
+    """The tensors that a rank which holds a part of `entry` is to have, under the names of the whole model."""
+    shapes = part_shapes(entry, grid, shape)
     return [TensorSpec(name, sizes, fulls[0].dtype) for name, sizes in zip(entry.training, shapes, strict=True)]
 
 

@@ -1,11 +1,17 @@
-"""How a full tensor and its tensor-parallel parts lie in each other.
+"""How a full tensor and the parts of it that ranks hold lie in each other.
 
 A rule does not move anything. It pairs windows: `pairs(fulls, parts)` yields (window of a full tensor, window of a
-rank's tensor) that hold the same elements. Copying each pair from right to left joins a tensor, copying it from left
-to right splits it, so join and split cannot disagree: they are one statement read in two directions.
+part) that hold the same elements. Copying each pair from right to left joins a tensor, copying it from left to right
+splits it, so join and split cannot disagree: they are one statement read in two directions.
 
-    Split(0)         full [r0]      Split(1)   full [r0|r1]      Replicated   every rank holds the whole
-                          [r1]                                   OnRankZero   rank 0 holds the whole, others nothing
+    Split(0)         full [p0]      Split(1)   full [p0|p1]      Replicated   every rank holds the whole
+                          [p1]                                   OnRankZero   rank 0 holds the whole, others nothing
+
+`over` is the group whose ranks the parts belong to. Tensor-parallel ranks hold whole heads (AttentionHeads);
+weight-parallel ranks hold equal runs of rows, wherever that cuts (AttentionRows, and JoinedHalves for the MLP):
+
+    [w1; w3] of 2 ranks:  [ a b c d ]   rank 0 holds a b, rank 1 c d; saved as  rank 0: w1 = a, w3 = b
+                            w1  w3                                              rank 1: w1 = c, w3 = d
 
 Attention rows come in three layouts (g = query heads per key/value head, hd = head dimension):
 
@@ -20,10 +26,11 @@ interleaved (x0 y0 x1 y1 ..), as training with `adapt_hf=False` / `qk_interleave
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from ..files.views import Pair, View
+from ..files.views import Pair, View, across
+from ..folders.grid import Group
 
 
 @dataclass(frozen=True)
@@ -63,23 +70,21 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 class Rule(Protocol):
-    """Pairs windows of full tensors with windows of the parts that tensor-parallel ranks hold."""
+    """Pairs windows of full tensors with windows of the parts that the ranks of a group hold."""
 
     @property
-    def replicated(self) -> bool:
-        """Whether each holder has the whole tensor."""
+    def over(self) -> Group: ...
+
+    def part_of(self, rank: int, size: int) -> int | None:
+        """Which part rank `rank` of a group of `size` holds; None where it holds none."""
         ...
 
-    def holders(self, tp_size: int) -> range:
-        """The ranks that hold a part."""
-        ...
-
-    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
-        """Shapes of a rank's tensors, one per training name; ValueError where `tp_size` does not divide."""
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        """Shapes of a rank's tensors, one per training name; ValueError where `size` does not divide."""
         ...
 
     def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
-        """Pairs of windows. `parts[r]` are the tensors of the r-th holder."""
+        """Pairs of windows. `parts[p]` are the tensors of part p."""
         ...
 
 
@@ -88,17 +93,17 @@ class Split:
     """Rank r holds the r-th of equal pieces along `dim`."""
 
     dim: int
-    replicated: ClassVar[bool] = False
+    over: Group = Group.TENSOR
 
-    def holders(self, tp_size: int) -> range:
-        return range(tp_size)
+    def part_of(self, rank: int, size: int) -> int | None:
+        return rank
 
-    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
         (full,) = fulls
-        size, rest = divmod(full[self.dim], tp_size)
+        length, rest = divmod(full[self.dim], size)
         if rest:
-            raise ValueError(f"dimension {self.dim} of {list(full)} does not divide by {tp_size}")
-        return [(*full[: self.dim], size, *full[self.dim + 1 :])]
+            raise ValueError(f"dimension {self.dim} of {list(full)} does not divide by {size}")
+        return [(*full[: self.dim], length, *full[self.dim + 1 :])]
 
     def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
         (full,) = fulls
@@ -110,26 +115,42 @@ class Split:
 class Replicated:
     """Every rank holds the whole tensor."""
 
-    replicated: ClassVar[bool] = True
+    over: ClassVar[Group] = Group.TENSOR
 
-    def holders(self, tp_size: int) -> range:
-        return range(tp_size)
+    def part_of(self, rank: int, size: int) -> int | None:
+        return 0
 
-    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
         return list(fulls)
 
     def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
-        (full,) = fulls
-        for (part,) in parts:
-            yield full, part
+        (full,), ((part,),) = fulls, parts
+        yield full, part
 
 
 @dataclass(frozen=True)
 class OnRankZero(Replicated):
     """Rank 0 holds the whole tensor; the other ranks have no tensor of that name."""
 
-    def holders(self, tp_size: int) -> range:
-        return range(1)
+    def part_of(self, rank: int, size: int) -> int | None:
+        return 0 if rank == 0 else None
+
+
+@dataclass(frozen=True)
+class JoinedHalves:
+    """Rank r holds the r-th of equal chunks of [first; second] under two names, each half of the chunk."""
+
+    over: Group = Group.WEIGHT
+
+    def part_of(self, rank: int, size: int) -> int | None:
+        return rank
+
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        return [Split(0).part_shapes([full], size, shape)[0] for full in fulls]
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        joined = [piece for full in fulls for piece in full.chunk(len(parts), 0)]
+        yield from zip(joined, [half for part in parts for half in part], strict=True)
 
 
 class HeadLayout(Protocol):
@@ -198,15 +219,15 @@ class AttentionHeads:
     training: HeadLayout
     hf: HeadLayout
     interleaved: bool = False
-    replicated: ClassVar[bool] = False
+    over: ClassVar[Group] = Group.TENSOR
 
-    def holders(self, tp_size: int) -> range:
-        return range(tp_size)
+    def part_of(self, rank: int, size: int) -> int | None:
+        return rank
 
-    def part_shapes(self, fulls: Shapes, tp_size: int, shape: ModelShape) -> list[tuple[int, ...]]:
-        if shape.num_kv_heads % tp_size:
-            raise ValueError(f"{shape.num_kv_heads} key/value heads do not divide by {tp_size}")
-        kv_rows = shape.kv_rows // tp_size
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        if shape.num_kv_heads % size:
+            raise ValueError(f"{shape.num_kv_heads} key/value heads do not divide by {size}")
+        kv_rows = shape.kv_rows // size
         return self.training.shapes((kv_rows * shape.group, kv_rows, kv_rows), fulls[0][1:])
 
     def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
@@ -216,10 +237,45 @@ class AttentionHeads:
             return
         full_heads = self.hf.heads(fulls, shape)
         for rank, part in enumerate(parts):
-            for index, (full, own) in enumerate(zip(full_heads, self.training.heads(part, shape), strict=True)):
-                piece = full.chunk(len(parts), 0)[rank]
-                rotated = index < 2  # q and k, not v
-                yield _by_halves(piece, own) if self.interleaved and rotated else (piece, own)
+            pieces = [full.chunk(len(parts), 0)[rank] for full in full_heads]
+            yield from _by_kind(pieces, self.training.heads(part, shape), self.interleaved)
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Rank r holds the r-th of equal chunks of the rows of each tensor in the layout `training`, through any head."""
+
+    training: HeadLayout
+    hf: HeadLayout
+    interleaved: bool = False
+    over: ClassVar[Group] = Group.WEIGHT
+
+    def part_of(self, rank: int, size: int) -> int | None:
+        return rank
+
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        whole = self.training.shapes((shape.q_rows, shape.kv_rows, shape.kv_rows), fulls[0][1:])
+        return [Split(0).part_shapes([joined], size, shape)[0] for joined in whole]
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        chunks = list(zip(*parts, strict=True))  # of each training tensor
+        joined = [_laid_end_to_end(pieces) for pieces in chunks]
+        whole = AttentionHeads(self.training, self.hf, self.interleaved).pairs(fulls, [joined], shape)
+        for full, window in whole:
+            number = next(n for n, view in enumerate(joined) if view.tensor is window.tensor)
+            yield from across((full, window), chunks[number])
+
+
+def _laid_end_to_end(pieces: Sequence[View]) -> View:
+    """A tensor that is stored nowhere: the rows of all pieces."""
+    first = pieces[0].tensor
+    return replace(first, shape=(len(pieces) * first.shape[0], *first.shape[1:])).view()
+
+
+def _by_kind(fulls: Sequence[View], parts: Sequence[View], interleaved: bool) -> Iterator[Pair]:
+    """Pairs q, k and v; q and k, which are rotated, by halves where training has them interleaved."""
+    for index, (full, part) in enumerate(zip(fulls, parts, strict=True)):
+        yield _by_halves(full, part) if interleaved and index < 2 else (full, part)
 
 
 def _by_halves(full: View, part: View) -> Pair:

@@ -1,15 +1,14 @@
 """One table per family says which training tensor is which Hugging Face tensor. Both directions read it.
 
 A checkpoint's Layout is one choice of each group that its family leaves open (how the embedding is split, whether q, k
-and v are fused, ...). Rows that hold only under a choice name it in `only`. When a Table is built, every layout is
-checked: no training name and no Hugging Face name twice.
+and v are fused, ...). Rows that hold only under a choice name it in `only`. When a Table is built it is checked: under
+no layout a training name or a Hugging Face name twice.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,17 +40,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A Row for one layer, its names and shapes filled in."""
+    """A Row for one layer, its names and shapes filled in.
+
+    `layer` is the layer that it stands in or, of the tensors before and behind all layers, the first or the last.
+    """
 
     training: tuple[str, ...]
     hf: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     rule: Rule
+    layer: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a family and the groups of choices that a training checkpoint makes among them."""
+    """The rows of a family and the groups of choices that a training checkpoint makes among them.
+
+    The rows stand in the order in which a model uses their tensors: some before all layers, some behind them.
+    """
 
     rows: tuple[Row, ...]
     choices: tuple[tuple[str, ...], ...]
@@ -70,12 +76,15 @@ class Table:
         for group in self.choices:
             if not asked & set(group):
                 raise ValueError(f"no row asks for any of {group}")
-        for layout in self.layouts():
-            for side in ("training", "hf"):
-                names = Counter(name for row in self.rows_for(layout) for name in getattr(row, side))
-                twice = [name for name, count in names.items() if count > 1]
-                if twice:
-                    raise ValueError(f"{side} names twice under {sorted(layout)}: {twice}")
+        for side in ("training", "hf"):
+            for one, other in itertools.combinations(self.rows, 2):
+                twice = sorted(set(getattr(one, side)) & set(getattr(other, side)))
+                if twice and self._hold_together(one, other):
+                    raise ValueError(f"{side} names twice under {sorted(one.only | other.only)}: {twice}")
+
+    def _hold_together(self, one: Row, other: Row) -> bool:
+        """Whether there is a layout in which both rows hold."""
+        return all(len((one.only | other.only) & set(group)) <= 1 for group in self.choices)
 
     def layouts(self) -> Iterator[Layout]:
         return (frozenset(combination) for combination in itertools.product(*self.choices))
@@ -86,10 +95,12 @@ class Table:
     def entries(self, layout: Layout, shape: ModelShape) -> list[Entry]:
         """Every row of `layout`, once per layer, in the order of the table."""
         entries = []
+        reached = 0
         for per_layer, run in itertools.groupby(self.rows_for(layout), key=lambda row: row.per_layer):
             group = list(run)
-            layers: Sequence[int] = range(shape.num_layers) if per_layer else (0,)
+            layers: Sequence[int] = range(shape.num_layers) if per_layer else (reached,)
             entries += [_fill(row, layer, shape) for layer in layers for row in group]
+            reached = max(0, shape.num_layers - 1)
         return entries
 
     def is_ignored(self, training_name: str) -> bool:
@@ -101,4 +112,4 @@ def _fill(row: Row, layer: int, shape: ModelShape) -> Entry:
         return tuple(name.replace(LAYER, str(layer)) for name in names)
 
     shapes = tuple(tuple(getattr(shape, dim) for dim in dims) for dims in row.dims)
-    return Entry(named(row.training), named(row.hf), shapes, row.rule)
+    return Entry(named(row.training), named(row.hf), shapes, row.rule, layer)

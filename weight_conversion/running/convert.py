@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from ..errors import ConversionError, naming, shown
 from ..files.copying import Copier, Move, Task
 from ..files.safetensors_file import read_header
-from ..files.views import StoredTensor, TensorSpec
+from ..files.views import TensorSpec
 from ..folders.hf_folder import (
     CONFIG,
     GENERATION_CONFIG,
@@ -24,7 +25,7 @@ from ..folders.hf_folder import (
 )
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
 from ..mapping.family import Family, Rope, positive_number, training_shape
-from ..mapping.matching import Match, match_training
+from ..mapping.matching import Match, Parts, match_training
 from ..mapping.rules import ModelShape
 from ..mapping.table import Entry, Layout
 from ..tokenizer.tokenizer_files import Tokenizer
@@ -55,12 +56,12 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint understood: its layout, its sizes, and the parts of every entry of the table."""
+    """A checkpoint understood: its layout, its sizes, and of every entry of the table the copies of its parts."""
 
     checkpoint: TrainingCheckpoint
     layout: Layout
     shape: ModelShape
-    parts: Sequence[tuple[Entry, list[list[StoredTensor]]]]
+    parts: Sequence[tuple[Entry, list[Parts]]]
 
     @property
     def has_bias(self) -> bool:
@@ -119,17 +120,19 @@ def _checked_tokenizer(family: Family, request: ConvertRequest, shape: ModelShap
 
 
 def _check_replicas(source: _Source) -> None:
-    """Replicated tensors must be the same on every rank, byte for byte."""
-    tasks = [
-        [Move(first, ((first.view(), other.view()),)) for (other,) in others]
-        for entry, ((first, *_), *others) in source.parts
-        if entry.rule.replicated and others
-    ]
+    """Copies of a tensor must be the same on every rank, byte for byte."""
+    tasks = []
+    for _, (first, *others) in source.parts:
+        twins = itertools.chain.from_iterable(
+            zip(itertools.chain(*first), itertools.chain(*other), strict=True) for other in others
+        )
+        moves = [Move(one, ((one.view(), twin.view()),)) for one, twin in twins if twin is not one]
+        tasks += [moves] if moves else []
     for move in Copier(lambda _: None).differences(tasks):
         other = move.pairs[0][1].tensor
         raise ConversionError(
-            f"{other.path}: tensor {other.name!r} differs from that of {move.full.path}, though every tensor-parallel "
-            "rank should hold the same. Shards of different runs or steps seem to be mixed."
+            f"{other.path}: tensor {other.name!r} differs from that of {move.full.path}, though every "
+            "rank of its group should hold the same. Shards of different runs or steps seem to be mixed."
         )
 
 
@@ -163,21 +166,18 @@ def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Re
 
 def _write_weights(source: _Source, weights: WeightFiles, request: ConvertRequest, reporter: Reporter) -> None:
     tensors = weights.tensors
-    tasks = [
+    tasks: list[Task] = [
         [
             replace(move, transform=_normalized_rows) if source.normalizes_head and move.full.name in HEADS else move
-            for move in Match(entry, [tensors[name] for name in entry.hf], parts).moves(source.shape)
+            for move in Match(entry, [tensors[name] for name in entry.hf], copies[:1]).moves(source.shape)
         ]
-        for entry, parts in source.parts
-    ]
-    once: list[Task] = [
-        moves[:1] if entry.rule.replicated else moves for (entry, _), moves in zip(source.parts, tasks, strict=True)
+        for entry, copies in source.parts
     ]
     total = sum(tensor.nbytes for tensor in tensors.values())
     for writer in weights.writers:
         writer.create()
     with reporter.progress("converting", total) as progress:
-        Copier(progress).gather(once)
+        Copier(progress).gather(tasks)
     if request.verify:
         for writer in weights.writers:
             if read_header(writer.path) != writer.tensors:

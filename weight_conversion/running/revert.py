@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,23 @@ from ..errors import ConversionError, naming, shown
 from ..files.copying import Copier, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
+from ..folders.grid import TENSOR_PARALLEL_FILES, Grid, grid_of
 from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
 from ..folders.internevo_folder import shard_writers, write_model_config
-from ..mapping.family import Family, Rope, hf_shape, mlp_ratio, positive_integer, positive_number
-from ..mapping.matching import Match, match_hf, part_specs
+from ..folders.numbering import Numbering, shared_out
+from ..mapping.family import (
+    HALVES,
+    HIDDEN_SPLIT,
+    VOCABULARY_SPLIT,
+    Family,
+    Rope,
+    common_choices,
+    hf_shape,
+    mlp_ratio,
+    positive_integer,
+    positive_number,
+)
+from ..mapping.matching import Match, copies_of, match_hf, part_specs
 from ..mapping.rules import ModelShape
 from ..mapping.table import Entry
 from .publishing import Publication
@@ -38,6 +51,18 @@ class RevertRequest:
     force: bool = False
     verify: bool = False
 
+    @property
+    def grid(self) -> Grid:
+        return grid_of(TENSOR_PARALLEL_FILES, self.tp_size, 1, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training run that is to load the shards: which files, and which layers are in them."""
+
+    grid: Grid
+    numbering: Numbering
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -53,13 +78,15 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
     publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
     source = _understand(family, request, reporter)
+    run = Run(request.grid, shared_out(source.shape.num_layers, stages=1))
     if request.verify:
         verify_files(source.folder)
     config = _training_config(family, request, source, reporter)
-    writers = shard_writers(publication.folder, _rank_specs(source, request.tp_size))
+    by_place = shard_writers(publication.folder, run.grid, _shard_specs(source, run))
+    writers = list(by_place.values())
     publication.check_space(sum(writer.size for writer in writers))
     with publication as folder, naming(folder):
-        _write_shards(source, writers, request, reporter)
+        _write_shards(_tasks(source, run, by_place), writers, request, reporter)
         write_model_config(folder, config)
     tensors = [tensor for writer in writers for tensor in writer.tensors.values()]
     reporter.summary(len(tensors), sum(tensor.nbytes for tensor in tensors), request.target)
@@ -83,28 +110,42 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
         if folder.config.get("tie_word_embeddings") and embedding in tensors:
             tensors.setdefault(head, tensors[embedding])
     has_bias = any(name.endswith(".bias") for name in tensors)
-    layout = family.layout_written(has_bias, request.embed_split, request.version)
+    embedding = HIDDEN_SPLIT if request.embed_split else VOCABULARY_SPLIT
+    common = common_choices(request.grid.names, embedding, HALVES, joined=False, bias=has_bias)
+    layout = family.layout_written(common, request.version)
     return _Source(folder, shape, has_bias, match_hf(tensors, family.table, layout, shape, str(request.source)))
 
 
-def _rank_specs(source: _Source, tp_size: int) -> list[list[TensorSpec]]:
-    """The tensors of each rank's file."""
-    ranks: list[list[TensorSpec]] = [[] for _ in range(tp_size)]
+def _shard_specs(source: _Source, run: Run) -> dict[tuple[int, int], list[TensorSpec]]:
+    """The tensors of each file, by (stage, number of the member)."""
+    specs: dict[tuple[int, int], list[TensorSpec]] = {place: [] for place in run.grid.places()}
     for entry, fulls in source.fulls:
-        specs = part_specs(entry, fulls, tp_size, source.shape)
-        for rank in entry.rule.holders(tp_size):
-            ranks[rank] += specs
-    return ranks
+        place = run.numbering.place_of(entry.layer)
+        named = [
+            replace(spec, name=run.numbering.saved_name(spec.name, place))
+            for spec in part_specs(entry, fulls, run.grid, source.shape)
+        ]
+        for member in {member for copy in copies_of(entry.rule, run.grid) for member in copy}:
+            specs[place[1], member] += named
+    return specs
+
+
+def _tasks(source: _Source, run: Run, writers: Mapping[tuple[int, int], TorchFileWriter]) -> list[Task]:
+    tasks: list[Task] = []
+    for entry, fulls in source.fulls:
+        place = run.numbering.place_of(entry.layer)
+        names = [run.numbering.saved_name(name, place) for name in entry.training]
+        copies = [
+            [[writers[place[1], member].tensors[name] for name in names] for member in copy]
+            for copy in copies_of(entry.rule, run.grid)
+        ]
+        tasks.append(Match(entry, fulls, copies).moves(source.shape))
+    return tasks
 
 
 def _write_shards(
-    source: _Source, writers: Sequence[TorchFileWriter], request: RevertRequest, reporter: Reporter
+    tasks: Sequence[Task], writers: Sequence[TorchFileWriter], request: RevertRequest, reporter: Reporter
 ) -> None:
-    tasks: list[Task] = []
-    for entry, fulls in source.fulls:
-        holders = [writers[rank] for rank in entry.rule.holders(request.tp_size)]
-        parts = [[writer.tensors[name] for name in entry.training] for writer in holders]
-        tasks.append(Match(entry, fulls, parts).moves(source.shape))
     total = sum(move.full.nbytes for task in tasks for move in task)
     for writer in writers:
         writer.create()
