@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, NoReturn
 
 from transformers.configuration_utils import PretrainedConfig
 
@@ -19,6 +20,7 @@ ROPE_TYPES = {"default": "origin", "origin": "origin", "linear": "linear", "dyna
 
 # Where a spelling of the rotary setting states which part of it.
 ROPE_KEYS = {"rope_theta": "theta", "type": "type", "rope_type": "type", "factor": "factor"}
+SPELLINGS = {"config": {"rope_theta": "theta"}, "rope_scaling": ROPE_KEYS, "rope_parameters": ROPE_KEYS}
 
 
 class Rope(NamedTuple):
@@ -26,46 +28,116 @@ class Rope(NamedTuple):
 
     theta: float
     type: str
-    factor: float
+    factor: Any
 
 
-# Scaling has no default factor: 0 stands for "not stated" and is refused.
-DEFAULT_ROPE = Rope(10000, "origin", 0)
+# Scaling has no default factor: None stands for "not stated".
+DEFAULT_ROPE = Rope(10000, "origin", None)
+
+# Parts of the setting that change nothing where they have this value; any other names a formula not computed here.
+NEUTRAL = {"partial_rotary_factor": 1.0}
+
+
+def _positive_number(source: str, value: Any) -> float:
+    """`value`; ValueError, by the name of its `source`, unless it is a finite positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{source} is {value!r}; expected a finite positive number, written as a number.")
+    return value
+
+
+def _checked(source: str, field: str, value: Any) -> Any:
+    """What `source` states of one field of Rope, in the form it is kept in.
+
+    Raises:
+        ValueError: an unknown type, a base that is not positive and finite, a factor below 1.
+    """
+    if field == "type":
+        if not isinstance(value, str) or value not in ROPE_TYPES:
+            raise ValueError(f"{source} is {value!r}; InternLM2 knows {', '.join(ROPE_TYPES)}.")
+        return ROPE_TYPES[value]
+    number = _positive_number(source, value)
+    if field == "theta":
+        return number
+    if number < 1:
+        raise ValueError(f"{source} is {value!r}; rotary scaling needs a factor of at least 1.")
+    return float(number)  # older readers of config.json refuse an int
 
 
 def _statements(name: str, value: Any, keys: dict[str, str]) -> list[tuple[str, str, Any]]:
-    """What the dict `value` called `name` states: (where it is stated, field of Rope, value)."""
+    """What the dict `value` called `name` states: (where it is stated, field of Rope, checked value)."""
     if value is None:
         return []
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a dict or None, such as {{'type': 'dynamic', 'factor': 2.0}}, not {value!r}.")
-    return [(f"{name}[{key!r}]", field, value[key]) for key, field in keys.items() if value.get(key) is not None]
+    stated = {key: item for key, item in value.items() if item is not None and item != NEUTRAL.get(key)}
+    for key in stated:
+        if key not in keys:
+            raise ValueError(
+                f"{name}[{key!r}] is {stated[key]!r}, but InternLM2 knows {', '.join(keys)} only, and would compute "
+                "something else without it. Remove it if the model was trained without."
+            )
+    return [
+        (f"{name}[{key!r}]", field, _checked(f"{name}[{key!r}]", field, stated[key]))
+        for key, field in keys.items()
+        if key in stated
+    ]
 
 
 def _merged_rope(default: Rope, statements: list[tuple[str, str, Any]]) -> Rope:
     """The setting that all statements agree on, `default` where they are silent.
 
     Raises:
-        ValueError: two statements contradict each other, a type is unknown, or a scaling factor is unfit.
+        ValueError: two statements contradict each other.
     """
     merged: dict[str, Any] = {}
     stated_by: dict[str, str] = {}
     for source, field, value in statements:
-        if field == "type" and value not in ROPE_TYPES:
-            raise ValueError(f"{source} is {value!r}; InternLM2 knows {', '.join(ROPE_TYPES)}.")
-        value = ROPE_TYPES[value] if field == "type" else value
         if merged.setdefault(field, value) != value:
             raise ValueError(
                 f"The rotary {field} is stated twice and differently: {stated_by[field]} is {merged[field]!r}, "
                 f"{source} is {value!r}. Make them agree or remove one of them."
             )
         stated_by.setdefault(field, source)
-    rope = default._replace(**merged)
-    if rope.type == "origin":
-        return rope._replace(factor=1.0)
-    if isinstance(rope.factor, bool) or not isinstance(rope.factor, (int, float)) or rope.factor < 1:
-        raise ValueError(f"Rotary scaling of type {rope.type!r} needs a factor of at least 1, not {rope.factor!r}.")
-    return rope._replace(factor=float(rope.factor))  # older readers of config.json refuse an int
+    return default._replace(**merged)
+
+
+class RopeSpelling(dict):
+    """One spelling of a config's rotary setting. Editing it in place edits the setting, and with it all spellings."""
+
+    def __init__(self, config: InternLM2Config, name: str, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self._config = config
+        self._name = name
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if value is None and key in self:
+            self._refuse()
+        self._config._edit_rope(self._name, {key: value})
+        super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(f"A part of {self._name} cannot be removed. Assign all of it: config.{self._name} = {{...}}.")
+
+    __delitem__ = popitem = clear = _refuse
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return self._refuse() if key in self else super().pop(key, *default)
+
+    def __reduce__(self) -> Any:  # a copy is a plain dict, and edits nothing
+        return dict, (dict(self),)
 
 
 class InternLM2Config(PretrainedConfig):
@@ -89,8 +161,10 @@ class InternLM2Config(PretrainedConfig):
         attn_implementation: "eager", "sdpa", "flash_attention_2" or "flex_attention"; kept in config.json. An
             `attn_implementation` passed to `from_pretrained` goes before it, for that load only.
 
+    What the rotary spellings give may be edited in place (`config.rope_scaling["factor"] = 4.0`): all follow.
+
     Raises:
-        ValueError: sizes that do not divide, or rotary settings that are unknown or contradict each other.
+        ValueError: sizes that do not divide, or rotary settings that are unknown, unfit or contradict each other.
     """
 
     model_type = "internlm2"
@@ -104,6 +178,13 @@ class InternLM2Config(PretrainedConfig):
         "layers.*.feed_forward.w1": "colwise",
         "layers.*.feed_forward.w3": "colwise",
         "layers.*.feed_forward.w2": "rowwise",
+    }
+
+    # Module of the model without head: (its inputs, its outputs).
+    base_model_pp_plan = {  # noqa: RUF012
+        "tok_embeddings": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     def __init__(
@@ -151,14 +232,14 @@ class InternLM2Config(PretrainedConfig):
         self.bias = bias
         self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
 
-        self._rope = _merged_rope(
-            DEFAULT_ROPE,
-            [
-                *_statements("config", {"rope_theta": rope_theta}, ROPE_KEYS),
-                *_statements("rope_scaling", rope_scaling, ROPE_KEYS),
-                *_statements("rope_parameters", rope_parameters, ROPE_KEYS),
-            ],
-        )
+        spelled = {
+            "config": {"rope_theta": rope_theta},
+            "rope_scaling": rope_scaling,
+            "rope_parameters": rope_parameters,
+        }
+        statements = [each for name, value in spelled.items() for each in _statements(name, value, SPELLINGS[name])]
+        self._rope = _merged_rope(DEFAULT_ROPE, statements)
+        self.rope()
         self._stored_attn_implementation = attn_implementation or "eager"
         kwargs.update(
             pad_token_id=pad_token_id,
@@ -169,9 +250,41 @@ class InternLM2Config(PretrainedConfig):
         )
         super().__init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "max_position_embeddings" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"max_position_embeddings is {value!r}; expected a positive whole number.")
+        super().__setattr__(name, value)
+
     def rope(self) -> Rope:
-        """The rotary setting, whichever spelling it came in."""
-        return self._rope
+        """The rotary setting, whichever spelling it came in.
+
+        Raises:
+            ValueError: edits in place left a scaling type without a factor, or a factor without a type.
+        """
+        theta, type, factor = self._rope
+        if type != "origin" and factor is None:
+            raise ValueError(f"Rotary scaling of type {type!r} needs a factor of at least 1.")
+        if type == "origin" and factor not in (None, 1):
+            raise ValueError(
+                f"The rotary factor is {factor}, but type 'origin' does no scaling. Name the type, 'linear' or "
+                "'dynamic', or assign rope_scaling = None for none."
+            )
+        return Rope(theta, type, 1.0 if factor is None else factor)
+
+    def _edit_rope(self, name: str, part: dict[str, Any]) -> None:
+        """Change what the spelling `name` states in `part`, keep the rest."""
+        self._rope = _merged_rope(self._rope, _statements(name, part, SPELLINGS[name]))
+
+    def _replace_rope(self, name: str, value: dict[str, Any] | None) -> None:
+        """Take the setting from the spelling `name`: no scaling unless stated, the base kept unless stated."""
+        before = self._rope
+        unscaled = Rope(before.theta, "origin", DEFAULT_ROPE.factor)
+        self._rope = _merged_rope(unscaled, _statements(name, value, SPELLINGS[name]))
+        try:
+            self.rope()
+        except ValueError:
+            self._rope = before
+            raise
 
     # transformers 5 makes `rope_scaling` an alias of `rope_parameters` and rewrites both; 4.57 knows the
     # former only. As properties over one setting they read the same in every version, and may be assigned.
@@ -181,29 +294,26 @@ class InternLM2Config(PretrainedConfig):
 
     @rope_theta.setter
     def rope_theta(self, value: float) -> None:
-        self._rope = self._rope._replace(theta=value)
+        self._edit_rope("config", {"rope_theta": value})
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         _, type, factor = self._rope
-        return None if type == "origin" else {"type": type, "factor": factor}
+        return None if type == "origin" else RopeSpelling(self, "rope_scaling", {"type": type, "factor": factor})
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
-        self._rope = _merged_rope(unscaled, _statements("rope_scaling", value, ROPE_KEYS))
+        self._replace_rope("rope_scaling", value)
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
         theta, type, factor = self._rope
-        if type == "origin":
-            return {"rope_type": "default", "rope_theta": theta}
-        return {"rope_type": type, "rope_theta": theta, "factor": factor}
+        values = {"rope_type": "default" if type == "origin" else type, "rope_theta": theta}
+        return RopeSpelling(self, "rope_parameters", values if type == "origin" else values | {"factor": factor})
 
     @rope_parameters.setter
     def rope_parameters(self, value: dict[str, Any] | None) -> None:
-        unscaled = Rope(self.rope_theta, "origin", DEFAULT_ROPE.factor)
-        self._rope = _merged_rope(unscaled, _statements("rope_parameters", value, ROPE_KEYS))
+        self._replace_rope("rope_parameters", value)
 
     # transformers warns whoever reads its own property of this name.
     @property
@@ -244,9 +354,10 @@ class InternLM2Config(PretrainedConfig):
         for name in ("_rope", "_requested_dtype"):
             raw.pop(name, None)
         raw["attn_implementation"] = raw.pop("_stored_attn_implementation")
-        raw["rope_theta"] = self.rope_theta
-        raw["rope_scaling"] = self.rope_scaling
-        raw["rope_parameters"] = self.rope_parameters
+        raw["rope_theta"] = self.rope().theta
+        for name in ("rope_scaling", "rope_parameters"):
+            spelled = getattr(self, name)
+            raw[name] = spelled and dict(spelled)
         if raw.get("dtype") is not None:
             raw["torch_dtype"] = raw["dtype"]
         return raw

@@ -44,13 +44,13 @@ class InternLM2RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        self.variance_epsilon = eps  # the published name, which those who replace norms read
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class InternLM2RotaryEmbedding(nn.Module):
@@ -67,9 +67,8 @@ class InternLM2RotaryEmbedding(nn.Module):
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__()
-        self.rope = config.rope()
+        self.config = config  # read at every pass: the setting may be edited
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.max_position_embeddings = config.max_position_embeddings
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> PositionEmbeddings:
@@ -82,13 +81,13 @@ class InternLM2RotaryEmbedding(nn.Module):
         Returns:
             cos and sin, [B, T, 1, 1, d]; the first half of sin is negative, as `rotate` wants it.
         """
-        theta, scaling, factor = self.rope
+        theta, scaling, factor = self.config.rope()
         positions = position_ids.float()
         base: float | torch.Tensor = theta
         if scaling == "linear":
             positions = positions / factor
         elif scaling == "dynamic":
-            stretch = factor * lengths.float() / self.max_position_embeddings - (factor - 1)
+            stretch = factor * lengths.float() / self.config.max_position_embeddings - (factor - 1)
             base = theta * stretch.clamp(min=1).unsqueeze(-1) ** (self.head_dim / (self.head_dim - 2))  # [B, T | 1, 1]
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
         angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # [B, T, d / 2]
@@ -381,6 +380,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
     """The decoder without a head."""
 
     _auto_class = "AutoModel"
+    _tp_plan = {"tok_embeddings": SHARED_EMBEDDING} if SHARED_EMBEDDING else {}
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)
@@ -462,7 +462,9 @@ class InternLM2Model(InternLM2PreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, **kwargs)
+            output = layer(hidden_states, **kwargs)
+            # A pipeline stage puts the identity, without weights, in the place of the layers of others.
+            hidden_states, weights = output if isinstance(output, tuple) else (output, None)
             if output_attentions:
                 all_weights.append(weights)
         hidden_states = self.norm(hidden_states)
@@ -512,10 +514,8 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin)
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}  # noqa: RUF012
-    _tp_plan = {  # noqa: RUF012
-        "output": GATHERED_COLUMNS,
-        **({"model.tok_embeddings": SHARED_EMBEDDING} if SHARED_EMBEDDING else {}),
-    }
+    _tp_plan = {"output": GATHERED_COLUMNS}  # noqa: RUF012
+    _pp_plan = {"output": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)

@@ -47,13 +47,13 @@ class InternLMRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        self.variance_epsilon = eps  # the published name, which those who replace norms read
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class InternLMRotaryEmbedding(nn.Module):
@@ -70,9 +70,8 @@ class InternLMRotaryEmbedding(nn.Module):
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__()
-        self.rope = config.rope()
+        self.config = config  # read at every pass: the setting may be edited
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.max_position_embeddings = config.max_position_embeddings
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> PositionEmbeddings:
@@ -85,13 +84,13 @@ class InternLMRotaryEmbedding(nn.Module):
         Returns:
             cos and sin, [B, T, 1, d]; the first half of sin is negative, as `rotate` wants it.
         """
-        theta, scaling, factor = self.rope
+        theta, scaling, factor = self.config.rope()
         positions = position_ids.float()
         base: float | torch.Tensor = theta
         if scaling == "linear":
             positions = positions / factor
         elif scaling == "dynamic":
-            stretch = factor * lengths.float() / self.max_position_embeddings - (factor - 1)
+            stretch = factor * lengths.float() / self.config.max_position_embeddings - (factor - 1)
             base = theta * stretch.clamp(min=1).unsqueeze(-1) ** (self.head_dim / (self.head_dim - 2))  # [B, T | 1, 1]
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
         angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # [B, T, d / 2]
@@ -421,6 +420,7 @@ class InternLMModel(InternLMPreTrainedModel):
     """The decoder without a head."""
 
     _auto_class = "AutoModel"
+    _tp_plan = {"embed_tokens": SHARED_EMBEDDING} if SHARED_EMBEDDING else {}
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__(config)
@@ -502,7 +502,9 @@ class InternLMModel(InternLMPreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, **kwargs)
+            output = layer(hidden_states, **kwargs)
+            # A pipeline stage puts the identity, without weights, in the place of the layers of others.
+            hidden_states, weights = output if isinstance(output, tuple) else (output, None)
             if output_attentions:
                 all_weights.append(weights)
         hidden_states = self.norm(hidden_states)
@@ -546,7 +548,7 @@ class InternLMModel(InternLMPreTrainedModel):
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
         lengths = sequence_lengths(layout)
         new = self.rotary_emb(layout.position_ids, lengths, dtype)
-        if self.rotary_emb.rope.type != "dynamic":
+        if self.config.rope().type != "dynamic":
             return {"position_embeddings": new}
         if layout.past_key_values is None:
             return {"position_embeddings": new, "key_position_embeddings": new}
@@ -559,10 +561,8 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {  # noqa: RUF012
-        "lm_head": GATHERED_COLUMNS,
-        **({"model.embed_tokens": SHARED_EMBEDDING} if SHARED_EMBEDDING else {}),
-    }
+    _tp_plan = {"lm_head": GATHERED_COLUMNS}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__(config)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from tests.support.model_families import FAMILIES, INTERNLM, INTERNLM2, Family
+from tests.support.model_families import FAMILIES, INTERNLM, INTERNLM2, Family, tokens
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -107,8 +110,20 @@ def test_contradicting_spellings_are_refused(family: Family, spelling: dict[str,
     ("settings", "message"),
     [
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'; .* knows default, origin, linear, dynamic"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "needs a factor of at least 1, not 0.5"),
-        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "needs a factor of at least 1, not '2'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            r"rope_scaling\['factor'\] is 0.5; .* needs a factor of at least 1",
+        ),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'; .* knows default, origin"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3'; .* knows default, origin"),
+        (
+            {"rope_scaling": DYNAMIC | {"alpha": 8.0}},
+            r"rope_scaling\['alpha'\] is 8.0, but .* would compute something else",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+            "factor is 2.0, but type 'origin' does no scaling",
+        ),
         ({"rope_scaling": "dynamic"}, "rope_scaling must be a dict or None"),
         ({"hidden_size": 100, "num_attention_heads": 3}, r"hidden_size \(100\) must be a multiple"),
     ],
@@ -116,6 +131,124 @@ def test_contradicting_spellings_are_refused(family: Family, spelling: dict[str,
 def test_unfit_settings_are_refused(family: Family, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         family.cls("Config")(**settings)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+BAD_NUMBERS = ["10000", "", True, 0, -1, 0.0, NAN, INFINITY, -INFINITY, [2.0], {}]
+
+
+@over_families
+@pytest.mark.parametrize("value", BAD_NUMBERS, ids=repr)
+def test_a_rotary_number_that_is_none_is_refused_by_name(family: Family, value: Any, tmp_path: Path) -> None:
+    spellings: dict[str, dict[str, Any]] = {
+        r"config\['rope_theta'\]": {"rope_theta": value},
+        r"rope_parameters\['rope_theta'\]": {"rope_parameters": {"rope_type": "default", "rope_theta": value}},
+        r"rope_scaling\['factor'\]": {"rope_scaling": {"type": "dynamic", "factor": value}},
+        "max_position_embeddings": {"max_position_embeddings": value},
+    }
+    if family is INTERNLM:
+        spellings[r"rotary\['base'\]"] = {"rotary": {"base": value, "type": "dynamic"}}
+        spellings[r"rotary\['scaling_factor'\]"] = {"rotary": {"type": "dynamic", "scaling_factor": value}}
+    config = family.config("origin")
+    config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for name, spelling in spellings.items():
+        message = rf"{name} is .*; expected a (finite positive|positive whole) number"
+        with pytest.raises(ValueError, match=message):
+            family.cls("Config")(**spelling)
+        (tmp_path / "config.json").write_text(json.dumps({**raw, **spelling}))  # as json writes them: NaN, Infinity
+        with pytest.raises(ValueError, match=message):
+            AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+        for key, setting in spelling.items():
+            with pytest.raises(ValueError, match=message):
+                setattr(config, key, setting)
+    assert config.rope() == (10000, "origin", 1.0)
+
+
+@over_families
+def test_edits_in_place_count(family: Family) -> None:
+    config = family.config("dynamic")
+    config.rope_scaling["factor"] = 4.0
+    assert config.rope() == (10000, "dynamic", 4.0)
+    config.rope_parameters["rope_theta"] = 500000
+    config.rope_parameters.update(rope_type="linear", factor=3)
+    assert config.rope() == (500000, "linear", 3.0)
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 500000, "factor": 3.0}
+    config.rope_scaling |= {"type": "dynamic"}
+    assert config.rope_scaling.setdefault("factor", 8.0) == 3.0
+    assert config.to_dict()["rope_parameters"] == {"rope_type": "dynamic", "rope_theta": 500000, "factor": 3.0}
+
+    kept = copy.deepcopy(config.rope_scaling)
+    for spelling in (kept, config.rope_scaling.copy(), pickle.loads(pickle.dumps(config.rope_scaling))):
+        spelling["factor"] = 9.0
+    assert config.rope() == (500000, "dynamic", 3.0)  # copies are copies
+    other = copy.deepcopy(config)
+    other.rope_scaling["factor"] = 5.0
+    assert (config.rope().factor, other.rope().factor) == (3.0, 5.0)
+
+
+@over_families
+def test_edits_in_place_that_cannot_count_are_refused(family: Family) -> None:
+    config = family.config("dynamic")
+    for edit in (
+        lambda d: d.pop("factor"),
+        lambda d: d.clear(),
+        lambda d: d.popitem(),
+        lambda d: d.__delitem__("type"),
+    ):
+        with pytest.raises(TypeError, match=r"rope_scaling cannot be removed\. Assign all of it"):
+            edit(config.rope_scaling)
+    with pytest.raises(TypeError, match="cannot be removed"):
+        config.rope_scaling["factor"] = None
+    with pytest.raises(ValueError, match=r"rope_scaling\['factor'\] is 'x'"):
+        config.rope_scaling["factor"] = "x"
+    with pytest.raises(ValueError, match="'yarn'"):
+        config.rope_parameters["rope_type"] = "yarn"
+    assert config.rope() == (10000, "dynamic", 2.0)
+
+
+@over_families
+def test_an_unfinished_edit_is_refused_where_it_would_be_used(family: Family, tmp_path: Path) -> None:
+    config = family.config("origin")
+    config.rope_parameters["factor"] = 4.0
+    for use in (config.rope, lambda: config.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=r"factor is 4\.0, but type 'origin' does no scaling"):
+            use()
+    config.rope_parameters["rope_type"] = "linear"
+    assert config.rope() == (10000, "linear", 4.0)
+
+
+@over_families
+@torch.no_grad()
+def test_a_model_follows_edits_of_its_config(family: Family) -> None:
+    ids = tokens(1, 48)
+    model, expected = family.model("dynamic"), family.model("dynamic", **of_factor(family, 4.0))
+    assert not torch.allclose(model(ids).logits, expected(ids).logits, atol=1e-3)
+    model.config.rope_scaling["factor"] = 4.0
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+
+
+def of_factor(family: Family, factor: float) -> dict[str, Any]:
+    if family is INTERNLM:
+        return {"rotary": {"base": 10000, "type": "dynamic", "scaling_factor": factor}}
+    return {"rope_scaling": {"type": "dynamic", "factor": factor}}
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"base": 10000, "type": "dynamic"},
+        {"base": 10000, "type": "dynamic", "scaling_factor": 1.0},
+        {"base": 10000, "type": "origin"},
+        {"base": 20000, "type": "linear", "scaling_factor": 2.0},
+    ],
+    ids=str,
+)
+def test_rotary_comes_back_as_it_came(rotary: dict[str, Any], tmp_path: Path) -> None:
+    config = INTERNLM.cls("Config")(rotary=rotary)
+    raw = saved(config, tmp_path)
+    assert raw["rotary"] == rotary
+    assert saved(INTERNLM.cls("Config").from_pretrained(tmp_path), tmp_path) == raw
 
 
 def test_key_value_heads_that_do_not_fit_are_refused() -> None:
@@ -141,7 +274,6 @@ def test_settings_can_be_assigned(family: Family) -> None:
     assert config.rope() == (500000, "origin", 1.0)
     config.rope_parameters = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000}
     assert config.rope_scaling == {"type": "linear", "factor": 3.0}
-    config.rope_parameters["rope_theta"] = 7  # a copy: the setting has one place
     assert config.rope_theta == 10000
 
 

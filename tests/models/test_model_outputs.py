@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -219,3 +220,20 @@ def test_fresh_weights(family: Family) -> None:
             assert torch.equal(parameter, torch.zeros_like(parameter)), name
         else:
             assert parameter.std().item() == pytest.approx(0.05, rel=0.1), name
+
+
+@over_families
+@torch.no_grad()
+def test_norms_can_be_replaced_by_what_they_publish(family: Family) -> None:
+    """InternEvo and others put their own norm in the place of every class called ...RMSNorm, from these two names."""
+    model, ids = family.model(rms_norm_eps=1e-3), tokens(1, 8)
+    expected = model(ids).logits
+
+    def normed(self: Any, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert len(norms) == 2 * model.config.num_hidden_layers + 1
+    for norm in norms:
+        norm.forward = types.MethodType(normed, norm)
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)

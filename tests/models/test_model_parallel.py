@@ -68,3 +68,19 @@ def test_splits_inside_a_head_are_refused(family: Family, heads: dict[str, Any],
     assert run.returncode != 0
     assert "over 2 processes would cut key/value heads apart" in run.stderr
     assert "num_key_value_heads = 1" in run.stderr
+
+
+@over_families
+@pytest.mark.parametrize("head", ["Model", "ForCausalLM", "ForSequenceClassification"])
+def test_every_plan_shares_the_embedding_and_names_the_stages(family: Family, head: str) -> None:
+    model = family.cls(head)(family.config())
+    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    if "tp_plan" in inspect.signature(DistributedConfig).parameters:  # from transformers 5.17 on
+        assert model.tp_plan[name] == "embedding_rowwise"
+    prefix = name.removesuffix(name.rpartition(".")[2])
+    stages = {name, f"{prefix}layers", f"{prefix}norm"}
+    assert stages <= set(model.pp_plan)
+    assert all(model.get_submodule(stage) is not None for stage in stages)
+    if head == "ForCausalLM":
+        (logits,) = type(model)._pp_plan
+        assert model.get_submodule(logits) is model.get_output_embeddings()
