@@ -19,5 +19,5 @@ What flows through, for either direction:
                 publishing         a hidden folder beside the target that becomes the target when it is complete
                 reporting          progress, warnings and the last line
     command_line                   the flags of the four scripts, and their exit status
-    errors                         the sentence that stops a run
+    errors, signals, printing      the sentence that stops a run, the signals that do, and what stops none
 """

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import ConversionError
+from .printing import say
+from .signals import EndedBySignal, raised_once
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 ADVICE = {
+    errno.EMFILE: "Nothing was written under --tgt; raise the limit on open files (ulimit -n).",
+    errno.EIO: "Nothing was written under --tgt; check the disk of this file, and copy the file again.",
+    errno.ENOMEM: "Nothing was written under --tgt; raise the limit on memory (ulimit -v), or end other programs.",
     errno.ENOSPC: "Nothing was written under --tgt; make room on its disk and run again.",
     errno.EDQUOT: "Nothing was written under --tgt; your quota on its disk is used up.",
     errno.EFBIG: "Nothing was written under --tgt; raise the limit on file sizes (ulimit -f) or lower --max_shard.",
@@ -38,6 +48,10 @@ class Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message}\nexample: {self._example}\n")
 
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if message:
+            say(message.removesuffix("\n"), to_errors=file is sys.stderr)
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the defaults of flags that have one, keeps the example's line."""
@@ -58,6 +72,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def size(text: str) -> int:
+    """A number of bytes with its unit: 10GB, 500MB, 1.5 TB."""
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        found = int(float(number) * 10 ** UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10GB or 500MB")
+    return found
+
+
+UNITS = {"KB": 3, "MB": 6, "GB": 9, "TB": 12}
+"""Powers of ten, as max_shard_size of transformers takes them."""
 
 
 def factor(text: str) -> float:
@@ -88,7 +118,7 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
         help="SentencePiece model (tokenizer.model), or a folder with one",
     )
     add("--dtype", choices=DTYPES, default="bfloat16", help="type of the weights that are written")
-    add("--max_shard", default="10GB", help="largest size of one weight file, for example 10GB or 500MB")
+    add("--max_shard", type=size, default="10GB", help="largest size of one weight file, for example 10GB or 500MB")
     add("--max_pos", type=positive, default=4096, help="max_position_embeddings of the model")
     add(
         "--rotary_type",
@@ -200,22 +230,41 @@ def run_revert(family: str, arguments: argparse.Namespace) -> int:
 
 
 def _status(action: Callable[[], None]) -> int:
-    """The exit status of `action`: 0, or 1 after a sentence on the error stream; 130 when interrupted."""
+    """The exit status of `action`: 0, or 1 after a sentence on the error stream; 128 + a signal that ended it."""
+    status, sentence = 0, None
     try:
-        action()
+        with raised_once():
+            action()
     except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        status, sentence = 1, f"error: {error}"
     except OSError as error:
         paths = [str(path) for path in (error.filename, error.filename2) if path]
         where = f"{' -> '.join(paths)}: " if paths else ""
-        print(f"error: {where}{error.strerror or error}. {_advice(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: --tgt is as it was before, or complete", file=sys.stderr)
-        return 130
-    return 0
+        status, sentence = 1, f"error: {where}{error.strerror or error}. {_advice(error)}"
+    except (MemoryError, ImportError) as error:
+        status, sentence = 1, f"error: {error or 'memory ran out'}. {_shortage(error)}"
+    except EndedBySignal as end:
+        word = "interrupted" if end.number == signal.SIGINT else f"ended by {end.number.name}"
+        status, sentence = end.status, f"{word}: --tgt is as it was before, or complete"
+    if sentence is not None:
+        say(sentence, to_errors=True)
+    if status:
+        _end_without_hanging_threads(status)
+    return status
 
 
 def _advice(error: OSError) -> str:
     return ADVICE.get(error.errno or 0, "Nothing was written under --tgt.")
+
+
+def _shortage(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return "Nothing was written under --tgt; install what this folder needs: pip install ."
+    return "Nothing was written under --tgt; raise the limit on memory (ulimit -v), or end other programs."
+
+
+def _end_without_hanging_threads(status: int) -> None:
+    """Ends the program at once where a thread hangs in a read that never returns: Python would wait for it."""
+    copying = sys.modules.get(f"{__package__}.files.copying")
+    if copying is not None and copying.copying_threads():
+        os._exit(status)

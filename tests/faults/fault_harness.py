@@ -29,6 +29,7 @@ from unittest import mock
 import sentencepiece
 
 from tests.support.checkpoints import Shape
+from weight_conversion.signals import ENDING
 
 TINY = {
     "internlm": Shape(hidden=16, layers=2, heads=4, kv_heads=4, vocab=128),
@@ -78,6 +79,7 @@ class Outcome:
 
     status: int
     errors: str
+    output: str = ""
 
     @property
     def sentences(self) -> list[str]:
@@ -86,17 +88,17 @@ class Outcome:
 
 def run_script(script: str, words: Sequence[str]) -> Outcome:
     """Runs `python script.py words`, without the start of a process."""
-    errors = io.StringIO()
+    errors, output = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", [f"{script}.py", *words]),
-        redirect_stdout(io.StringIO()),
+        redirect_stdout(output),
         redirect_stderr(errors),
     ):
         try:
             status = importlib.import_module(script).main()
         except SystemExit as end:  # argparse ends so
             status = end.code
-    return Outcome(status, errors.getvalue())
+    return Outcome(status, errors.getvalue(), output.getvalue())
 
 
 def assert_refused(outcome: Outcome, *words: str) -> None:
@@ -146,12 +148,16 @@ class Conditions:
     kill_at: int = 0
     fail_at: int = 0
     error: int = 0
-    interrupt_at: int = 0
+    signal_at: int = 0
+    number: int = signal.SIGINT
+    """The signal that the child sends itself then."""
     wait_at: int = 0
     file_size: int = 0
     """Largest file that the child may write, in bytes; 0: any."""
     user: int = 0
     """User id that the child takes; 0: none."""
+    open_files: int = 0
+    """How many files the child may have open; 0: as many as this process."""
 
 
 class Child:
@@ -209,12 +215,16 @@ def count_operations(script: str, words: Sequence[str], root: Path) -> int:
 def _run(script: str, words: list[str], conditions: Conditions, report: Path) -> None:
     """What a child does; its exit status is the script's."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs started in the background ignore it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)  # tqdm's lock then leaves nothing behind when killed
     operations = _Operations(conditions, report)
     with (report / "errors").open("w", buffering=1) as errors, redirect_stderr(errors), redirect_stdout(io.StringIO()):
         operations.watch()
         if conditions.file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, (conditions.file_size, conditions.file_size))
+        if conditions.open_files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (conditions.open_files, conditions.open_files))
         if conditions.user:
             os.setgroups([])
             os.setgid(conditions.user)
@@ -224,7 +234,8 @@ def _run(script: str, words: list[str], conditions: Conditions, report: Path) ->
         try:
             (report / "ready").touch()
             status = main()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in ENDING:
+                signal.signal(number, signal.SIG_IGN)
         except KeyboardInterrupt:  # before or after what the script itself handles
             status = 130
         except BaseException:  # a fault of the script, for the test to see
@@ -280,8 +291,8 @@ class _Operations:
         chosen = self._conditions
         if count == chosen.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if count == chosen.interrupt_at:
-            os.kill(os.getpid(), signal.SIGINT)
+        if count == chosen.signal_at:
+            os.kill(os.getpid(), chosen.number)
         if count == chosen.wait_at:
             (self._report / "waiting").touch()
             while not (self._report / "go").exists():

@@ -116,13 +116,18 @@ def killed_before_operations(place: Place, direction: str, force: bool, one_in: 
     return verdicts
 
 
-def interrupted_before_operations(place: Place, direction: str, force: bool, one_in: int) -> list[str]:
-    """SIGINT: nothing of the run may be left, and no traceback be shown."""
+def signalled_before_operations(place: Place, direction: str, force: bool, number: int, one_in: int) -> list[str]:
+    """A signal that asks the run to end: nothing of it may be left, and one sentence be said."""
     verdicts = []
     for outcome, complete in _disturbed(
-        place, direction, force, one_in, lambda moment: Conditions(place.root, interrupt_at=moment)
+        place, direction, force, one_in, lambda moment: Conditions(place.root, signal_at=moment, number=number)
     ):
-        assert outcome.status in ((130, 0) if complete else (130,)), outcome
+        if outcome.status == 128 + number:
+            assert len(outcome.sentences) == 1, outcome
+            assert outcome.sentences[0].endswith("--tgt is as it was before, or complete")
+        else:  # at the very end, when nothing is left to do
+            assert complete, outcome
+            assert outcome.status in (0, -number), outcome
         assert "Traceback" not in outcome.errors
         assert _hidden(place) == []
         verdicts.append(COMPLETE if complete else AS_BEFORE)
@@ -159,7 +164,7 @@ def signalled_at_random(place: Place, direction: str, number: int, runs: int, se
         child.send(number)
         outcome = child.end()
         complete = _assert_nothing_lost(place, before, result)
-        assert outcome.status in ((0, 130, -number) if complete else (130, -number)), outcome
+        assert outcome.status in (*([0] if complete else []), 128 + number, -number), outcome
         _assert_next_run_completes(place, command, result)
         verdicts.append(COMPLETE if complete else AS_BEFORE)
     return verdicts

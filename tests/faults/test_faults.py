@@ -45,17 +45,18 @@ from tests.faults.fault_moments import (
     Place,
     expected_result,
     failing_at_operations,
-    interrupted_before_operations,
     killed_before_operations,
     make_place,
     others_of,
     signalled_at_random,
+    signalled_before_operations,
 )
 from tests.faults.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, write_archive
 from tests.support.checkpoints import Shape, build, save_model_config
 from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.files.copying import Copier, Move
 from weight_conversion.files.views import StoredTensor
+from weight_conversion.mapping.family import Family
 from weight_conversion.running import convert as convert_module
 from weight_conversion.running import revert as revert_module
 
@@ -659,10 +660,30 @@ def test_a_parallel_size_that_does_not_divide_is_refused(tp: int, place: Place) 
     refused(place, ("revert_internlm2", revert_words(place.hf, place.target, tp)), str(tp), "key/value heads")
 
 
-@pytest.mark.parametrize("size", ["0GB", "-1GB", "ten", "10", "", "nanGB", "infGB", "1.5.5GB"])
+@pytest.mark.parametrize(
+    "size", ["0GB", "-1GB", "ten", "10", "", "nanGB", "infGB", "1.5.5GB", "10Gigs", "GB", "1e400GB", "0.0001KB", "10BB"]
+)
 def test_a_shard_size_that_is_none_is_refused(size: str, place: Place) -> None:
-    words = convert_words(place.source, place.target, place.tokenizer, f"--max_shard={size}")
-    refused(place, ("convert2hf_internlm2", words), "--max_shard", "10GB")
+    before = snapshot(place.root)
+    outcome = run_script(
+        "convert2hf_internlm2", convert_words(place.source, place.target, place.tokenizer, f"--max_shard={size}")
+    )
+    assert outcome.status == 2
+    assert "--max_shard" in outcome.errors
+    assert "10GB" in outcome.errors
+    assert snapshot(place.root) == before
+
+
+@pytest.mark.parametrize("missing", ["compat_internlm2.py", "*.py"])
+def test_an_installation_without_the_models_code_is_refused(
+    missing: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once gave a folder that no transformers loads, without a word."""
+    package = shutil.copytree(REPOSITORY / "internlm2_model", tmp_path / "package")
+    for path in package.glob(missing):
+        path.unlink()
+    monkeypatch.setattr(Family, "code", property(lambda family: package))
+    refused(place, place.convert_command(), str(package), "lacks", "compat_internlm2.py")
 
 
 # --------------------------------------------------------------------------------------------------------- the target
@@ -856,16 +877,59 @@ def test_killed_before_any_file_operation(direction: str, force: bool, place: Pl
     assert verdicts == sorted(verdicts)  # as before, and from some moment on complete
 
 
-@pytest.mark.parametrize("direction", COMMANDS)
-def test_interrupted_before_any_file_operation(direction: str, place: Place) -> None:
-    verdicts = interrupted_before_operations(place, direction, True, ONE_IN)
-    assert verdicts.count(AS_BEFORE) > 20
+@pytest.mark.parametrize(
+    ("direction", "number"),
+    [("convert", signal.SIGINT), ("revert", signal.SIGINT), ("convert", signal.SIGTERM), ("revert", signal.SIGHUP)],
+)
+def test_signalled_before_any_file_operation(direction: str, number: int, place: Place) -> None:
+    one_in = ONE_IN if number == signal.SIGINT else 3 * ONE_IN  # they go one way in the program
+    verdicts = signalled_before_operations(place, direction, True, number, one_in)
+    assert verdicts.count(AS_BEFORE) > 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("direction", COMMANDS)
+@pytest.mark.parametrize(
+    ("direction", "number"),
+    [
+        *((direction, number) for direction in COMMANDS for number in (signal.SIGKILL, signal.SIGINT)),
+        ("convert", signal.SIGTERM),
+        ("revert", signal.SIGHUP),
+    ],
+)
 def test_killed_at_random_moments(direction: str, number: int, place: Place) -> None:
     assert len(signalled_at_random(place, direction, number, 12, seed=number)) == 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_a_read_that_never_returns_does_not_keep_a_signal_from_ending_the_run(
+    direction: str, number: int, place: Place
+) -> None:
+    command = COMMANDS[direction]
+    before = snapshot(place.root, times=False)
+    operations = count_operations(*command(place), place.root)
+    shutil.rmtree(place.target)
+    for moment in (operations // 2, operations * 3 // 5):  # a thread waits for ever then
+        child = Child(*command(place), Conditions(place.root, wait_at=moment))
+        child.until("waiting")
+        child.send(number)
+        outcome = child.end()
+        assert outcome.status == 128 + number, outcome
+        assert outcome.sentences[-1].endswith("--tgt is as it was before, or complete")
+        assert snapshot(place.root, times=False) == before
+
+
+def test_a_signal_that_is_ignored_stays_so(place: Place) -> None:
+    """As under nohup."""
+    script, words = place.convert_command()
+    command = [sys.executable, str(REPOSITORY / f"{script}.py"), *words]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ) as run:
+        while run.poll() is None:
+            run.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+    assert run.returncode == 0
+    assert (place.target / "config.json").exists()
 
 
 def test_an_interrupt_while_threads_copy_is_raised_when_they_have_ended(tmp_path: Path) -> None:
@@ -889,7 +953,7 @@ def test_an_interrupt_while_threads_copy_is_raised_when_they_have_ended(tmp_path
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert raised.traceback[-1].name == "_interrupts_between_blocks"
+    assert raised.traceback[-1].name == "held_back"
     assert len(progressed) == 1  # of eight blocks: after the first the thread stopped
 
 
@@ -1050,11 +1114,68 @@ def test_closed_streams_disturb_nothing(closed: str, place: Place) -> None:
     assert (place.target / "config.json").exists()
 
 
-def test_a_full_output_is_told_from_a_failed_conversion(place: Place) -> None:
-    script, words = place.convert_command()
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, str(REPOSITORY / f"{script}.py"), *words]
-        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert run.returncode != 0
-    assert "target is complete, but no summary of it can be given" in run.stderr
-    assert (place.target / "config.json").exists()
+def run_itself(place: Place, command: tuple[str, list[str]], setting: str, **environment: str) -> Outcome:
+    """The script in a shell, its words in "$@", in `setting`; with what was said on the error stream."""
+    script, words = command
+    run = subprocess.run(
+        ["bash", "-c", setting, "bash", sys.executable, str(REPOSITORY / f"{script}.py"), *words],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        cwd=place.root,
+        check=False,
+    )
+    return Outcome(run.returncode, run.stderr)
+
+
+@pytest.mark.parametrize(
+    ("direction", "setting"),
+    [
+        ("convert", '"$@" >/dev/full'),
+        ("revert", '"$@" >/dev/full 2>/dev/full'),
+        ("convert", 'set -o pipefail; "$@" 2> >(true) | true'),
+        ("revert", 'set -o pipefail; "$@" | true'),
+    ],
+)
+def test_what_cannot_be_printed_changes_no_exit_status(direction: str, setting: str, place: Place) -> None:
+    command = COMMANDS[direction](place)
+    outcome = run_itself(place, command, setting)
+    assert (outcome.status, outcome.sentences) == (0, [])
+    assert len(contents(place.target)) > 2
+    assert run_itself(place, command, setting).status == 1  # for want of --force
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("\u5f20\u91cf", "ascii"), ("a\udcff\udcfe", "utf-8:strict")])
+def test_a_name_that_cannot_be_printed(name: str, encoding: str, place: Place) -> None:
+    (place.root / name).mkdir()
+    for command in (place.convert_command, place.revert_command):
+        words = command("--verify", target=place.root / name / name)
+        assert run_itself(place, words, '"$@"', PYTHONIOENCODING=encoding).status == 0
+        shutil.rmtree(place.root / name / name)
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(place: Place) -> None:
+    """The bar of progress is then written to nobody."""
+    for command in (place.convert_command, place.revert_command):
+        master, slave = os.openpty()
+        script, words = command()
+        with subprocess.Popen(
+            [sys.executable, str(REPOSITORY / f"{script}.py"), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        ) as run:
+            os.close(slave)
+            os.close(master)
+        assert run.returncode == 0
+        shutil.rmtree(place.target)
+
+
+def test_success_says_that_it_verified(place: Place) -> None:
+    for command in (place.convert_command, place.revert_command):
+        for flags, said in (([], False), (["--verify"], True)):
+            outcome = run_script(*command(*flags))
+            assert ("Verified: every tensor was read again and equals its source." in outcome.output) == said
+            shutil.rmtree(place.target)

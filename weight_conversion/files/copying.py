@@ -18,12 +18,11 @@ from __future__ import annotations
 import math
 import os
 import queue
-import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -35,6 +34,8 @@ try:  # the same sums, twenty times as fast
 except ImportError:
     from zlib import crc32
 
+from ..errors import ConversionError
+from ..signals import held_back
 from .open_files import OpenFiles, WriteBehind
 from .views import Pair, StoredTensor
 
@@ -42,6 +43,9 @@ BLOCK_BYTES = 1 << 20
 """Half of a current core's second-level cache: a block and its scratch stay in it between read and write."""
 MAX_WORKERS = 4
 """More threads do not help: two saturate a disk, and four the memory bus of most machines."""
+THREAD_NAMES = "copying"
+POLL_SECONDS, PATIENCE_SECONDS = 0.25, 2.0
+"""How often the main thread looks whether it is to end, and how long it then waits for threads that hang."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[int], None]
@@ -96,42 +100,77 @@ class Copier:
     def _run(self, tasks: Sequence[Task], work: Callable[[_Worker, Task], Result], writable: set[Path]) -> list[Result]:
         """`work` on every task."""
         workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-        with ExitStack() as stack:
-            stack.enter_context(_interrupts_between_blocks(self._stop))
-            files = stack.enter_context(OpenFiles(writable))
-            disk = stack.enter_context(ThreadPoolExecutor(1))
-            pool = stack.enter_context(ThreadPoolExecutor(workers))
+        pool, disk = (ThreadPoolExecutor(count, thread_name_prefix=THREAD_NAMES) for count in (workers, 1))
+        files = OpenFiles(writable)
 
-            def start_writing(path: Path, begin: int, end: int) -> None:
-                if not self._stop.asked:  # many may wait for a slow disk when the user interrupts
-                    files.start_writing(path, begin, end)
+        def start_writing(path: Path, begin: int, end: int) -> None:
+            if not self._stop.asked:  # many may wait for a slow disk when the user interrupts
+                files.start_writing(path, begin, end)
 
-            def hand_over(path: Path, begin: int, end: int) -> None:
-                with suppress(RuntimeError):  # no thread to be had: the disk begins later
-                    disk.submit(start_writing, path, begin, end)
+        def hand_over(path: Path, begin: int, end: int) -> None:
+            with suppress(RuntimeError):  # no thread to be had: the disk begins later
+                disk.submit(start_writing, path, begin, end)
 
-            free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-            for _ in range(workers):
-                free.put(_Worker(WriteBehind(files, hand_over), self._progress, self._stop))
+        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(workers):
+            free.put(_Worker(WriteBehind(files, hand_over), self._progress, self._stop))
 
-            def with_worker(task: Task) -> Result:
-                worker = free.get()
-                try:
-                    return work(worker, task)
-                finally:
-                    free.put(worker)
-
+        def with_worker(task: Task) -> Result:
+            worker = free.get()
             try:
-                futures = [pool.submit(with_worker, task) for task in _schedule(tasks)]
-                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in finished:
-                    future.result()
-                return [future.result() for future in futures]
+                return work(worker, task)
+            finally:
+                free.put(worker)
+
+        with _ended_between_blocks(self._stop):
+            try:
+                futures = [_submitted(pool, with_worker, task) for task in _schedule(tasks)]
+                return self._results(futures)
             except BaseException:
                 self._stop.asked = True
-                for executor in (pool, disk):
-                    executor.shutdown(cancel_futures=True)
                 raise
+            finally:
+                for executor in (pool, disk):
+                    executor.shutdown(wait=False, cancel_futures=self._stop.asked)
+                if self._threads_end():  # else one of them may still use a file
+                    files.close()
+
+    def _results(self, futures: Sequence[Future[Result]]) -> list[Result]:
+        """What the tasks return; raises what the first that fails raises, or _StoppedError when asked to end."""
+        while True:
+            finished, running = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+            if not running:
+                return [future.result() for future in futures]
+            if self._stop.asked:
+                raise _StoppedError
+
+    def _threads_end(self) -> bool:
+        """Waits for the threads; False where one that was asked to end hangs in a read or write that never returns."""
+        patience = PATIENCE_SECONDS
+        for thread in copying_threads():
+            while thread.is_alive():
+                thread.join(POLL_SECONDS)
+                patience -= POLL_SECONDS if self._stop.asked else 0
+                if patience < 0:
+                    return False
+        return True
+
+
+def copying_threads() -> list[threading.Thread]:
+    """The threads that copy. One that hangs in a read keeps Python from ending: the program must end without it."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAMES)]
+
+
+def _submitted(pool: ThreadPoolExecutor, work: Callable[[Task], Result], task: Task) -> Future[Result]:
+    try:
+        return pool.submit(work, task)
+    except RuntimeError as error:
+        raise ConversionError(
+            f"{error}: no thread is to be had to copy with. Raise the limits on processes and memory (ulimit -u, "
+            "ulimit -v), or end other programs."
+        ) from error
 
 
 def _schedule(tasks: Sequence[Task]) -> list[Task]:
@@ -156,34 +195,19 @@ class _Stop:
 
     asked: bool = False
 
+    def ask(self) -> None:
+        self.asked = True
+
 
 @contextmanager
-def _interrupts_between_blocks(stop: _Stop) -> Iterator[None]:
-    """SIGINT asks the workers to end; KeyboardInterrupt is raised when they have.
-
-    Raised at once it can strike the main thread within a lock's own Python code: the lock stays held, a worker waits
-    for it, and the program hangs. Where somebody else handles the signal, that stays so.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    interrupted = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal interrupted
-        interrupted = stop.asked = True
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    except _StoppedError:
-        if not interrupted:
-            raise
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupted:
-        raise KeyboardInterrupt
+def _ended_between_blocks(stop: _Stop) -> Iterator[None]:
+    """A signal asks the workers to end; it is raised when they have."""
+    with held_back(stop.ask) as heard:
+        try:
+            yield
+        except _StoppedError:
+            if not heard():
+                raise
 
 
 # ------------------------------------------------------------------------------------------------- windows in memory

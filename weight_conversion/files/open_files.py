@@ -10,9 +10,11 @@ on. Only bytes that are already in the page cache wait in its queue, which is as
 from __future__ import annotations
 
 import os
+import resource
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConversionError, naming
@@ -20,51 +22,80 @@ from ..errors import ConversionError, naming
 WRITE_BEHIND_BYTES = 16 << 20
 """Length of the ranges that are handed to the disk while the next ones are written."""
 
+MOST_OPEN_FILES = 256
+"""A checkpoint may have more shards than a process may open files: those used longest ago are closed."""
+
 
 class OpenFiles:
-    """Open file descriptors by path, for positioned reads and writes by several threads."""
+    """Open files by path, for positioned reads and writes by several threads; a bounded number at a time."""
 
     def __init__(self, writable: Iterable[Path]) -> None:
         # File systems let one thread at a time write to a file and have the others wait for it on a busy core.
         self._turns = {path: threading.Lock() for path in writable}
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, _OpenFile] = {}  # the one used last is the last one
+        self._most = _most_open_files()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> OpenFiles:
-        return self
+    def close(self) -> None:
+        for file in self._open.values():
+            os.close(file.descriptor)
+        self._open.clear()
 
-    def __exit__(self, *_exception: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def descriptor(self, path: Path) -> int:
+    @contextmanager
+    def opened(self, path: Path) -> Iterator[int]:
+        """The descriptor of a file, which stays open meanwhile."""
         with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDWR if path in self._turns else os.O_RDONLY)
-            return self._open[path]
+            file = self._open.pop(path, None) or self._newly_opened(path)
+            self._open[path] = file
+            file.users += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.users -= 1
+
+    def _newly_opened(self, path: Path) -> _OpenFile:
+        idle = (other for other, file in list(self._open.items()) if not file.users)
+        while len(self._open) >= self._most and (other := next(idle, None)):
+            os.close(self._open.pop(other).descriptor)
+        return _OpenFile(os.open(path, os.O_RDWR if path in self._turns else os.O_RDONLY))
 
     def read(self, path: Path, offset: int, target: memoryview) -> None:
-        descriptor, done = self.descriptor(path), 0
-        while done < len(target):
-            with naming(path):
-                count = os.preadv(descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise ConversionError(f"{path} ends at byte {offset + done}: it was cut while it was being read.")
-            done += count
+        done = 0
+        with self.opened(path) as descriptor:
+            while done < len(target):
+                with naming(path):
+                    count = os.preadv(descriptor, [target[done:]], offset + done)
+                if count == 0:
+                    raise ConversionError(f"{path} ends at byte {offset + done}: it was cut while it was being read.")
+                done += count
 
     def write(self, path: Path, offset: int, source: memoryview) -> None:
-        descriptor, done = self.descriptor(path), 0
-        while done < len(source):
-            with naming(path), self._turns[path]:
-                done += os.pwrite(descriptor, source[done:], offset + done)
+        done = 0
+        with self.opened(path) as descriptor:
+            while done < len(source):
+                with naming(path), self._turns[path]:
+                    done += os.pwrite(descriptor, source[done:], offset + done)
 
     def start_writing(self, path: Path, begin: int, end: int) -> None:
         """Has the disk begin with bytes [begin, end) of a file; waits while its queue is full.
 
         Of cached pages that are no longer needed the kernel starts to write the changed ones at once.
         """
-        with suppress(OSError):  # advice, which a file system may not take
-            os.posix_fadvise(self.descriptor(path), begin, end - begin, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError), self.opened(path) as descriptor:  # advice, which a file system may not take
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    users: int = 0
+
+
+def _most_open_files() -> int:
+    """Half of what the system allows, and no more than a few hundred."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MOST_OPEN_FILES, limit // 2) if limit != resource.RLIM_INFINITY else MOST_OPEN_FILES
 
 
 class WriteBehind:

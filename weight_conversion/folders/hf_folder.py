@@ -147,20 +147,15 @@ class WeightFiles:
         return {name: tensor for writer in self.writers for name, tensor in writer.tensors.items()}
 
 
-def plan_weights(folder: Path, specs: Sequence[TensorSpec], max_shard_size: str) -> WeightFiles:
+def plan_weights(folder: Path, specs: Sequence[TensorSpec], max_shard_size: int) -> WeightFiles:
     """Distributes the tensors over files as `save_pretrained(max_shard_size=...)` of transformers 5 does."""
     by_name = {spec.name: spec for spec in sorted(specs, key=lambda spec: natural_order(spec.name))}
-    try:
-        if float(max_shard_size.rstrip("BKMGTbkmgt ")) <= 0:
-            raise ValueError(max_shard_size)
-        split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except (ValueError, OverflowError) as error:
-        raise ConversionError(f"--max_shard {max_shard_size} is not a size such as 10GB or 500MB.") from error
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     writers = [
         SafetensorsWriter(folder / file, [by_name[name] for name in names])
         for file, names in split.filename_to_tensors.items()
@@ -186,9 +181,20 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     write_json(folder / (SAFETENSORS.single + INDEX_SUFFIX), index)
 
 
-def copy_code(package: Path, folder: Path) -> Iterable[str]:
-    """Copies the modules of a model package beside the weights, where transformers looks for them."""
+def code_files(package: Path, model_type: str) -> list[Path]:
+    """The modules that a folder needs beside its weights; ConversionError where the installation lacks one."""
+    needed = {f"{kind}_{model_type}.py" for kind in ("configuration", "modeling", "tokenization", "chat", "compat")}
     modules = sorted(path for path in package.glob("*.py") if path.name != "__init__.py")
+    missing = sorted(needed - {path.name for path in modules if path.is_file()})
+    if missing:
+        raise ConversionError(
+            f"{package} lacks {', '.join(missing)}, which every converted folder needs. Install these scripts again, "
+            "with the model's code."
+        )
+    return modules
+
+
+def copy_code(modules: Iterable[Path], folder: Path) -> None:
+    """Copies modules beside the weights, where transformers looks for them."""
     for module in modules:
         shutil.copyfile(module, folder / module.name)
-    return [module.name for module in modules]

@@ -18,6 +18,7 @@ from ..folders.hf_folder import (
     CONFIG,
     GENERATION_CONFIG,
     WeightFiles,
+    code_files,
     copy_code,
     plan_weights,
     write_index,
@@ -45,7 +46,7 @@ class ConvertRequest:
     target: Path
     tokenizer: Path
     dtype: torch.dtype
-    max_shard: str
+    max_shard: int
     max_position_embeddings: int
     dynamic_factor: float | None
     version: int | None = None
@@ -75,6 +76,7 @@ class _Source:
 def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
     publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
+    modules = code_files(family.code, family.model_type)
     source = _understand(family, request)
     tokenizer = _checked_tokenizer(family, request, source.shape)
     if request.verify:
@@ -86,14 +88,19 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     _warn(family, request, source, reporter)
     with publication as folder, naming(folder):
         _write_weights(source, weights, request, reporter)
-        copy_code(family.code, folder)
+        copy_code(modules, folder)
         for warning in tokenizer.write(folder, family.tokenizer, request.chat):
             reporter.warn(warning)
         write_json(folder / GENERATION_CONFIG, _generation_config(family, request.chat))
         if weights.index is not None:
             write_index(folder, weights.index)
         write_json(folder / CONFIG, config)
-    reporter.summary(len(weights.tensors), sum(tensor.nbytes for tensor in weights.tensors.values()), request.target)
+    reporter.summary(
+        len(weights.tensors),
+        sum(tensor.nbytes for tensor in weights.tensors.values()),
+        request.target,
+        verified=request.verify,
+    )
 
 
 def _understand(family: Family, request: ConvertRequest) -> _Source:

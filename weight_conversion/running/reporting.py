@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import ConversionError
 from ..files.copying import Progress
+from ..printing import Forgiving, say
 
 
 class Reporter:
@@ -22,17 +22,18 @@ class Reporter:
         self._start = time.monotonic()
 
     def warn(self, sentence: str) -> None:
-        print(f"warning: {sentence}", file=sys.stderr)
+        say(f"warning: {sentence}", to_errors=True)
 
     def note(self, sentence: str) -> None:
-        print(sentence)
+        say(sentence)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Progress]:
         """A bar of `total` bytes; the function it gives may be called by several threads."""
         lock = threading.Lock()
         hidden = None if sys.stderr else True  # None: hidden where the error stream is no terminal
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=hidden) as bar:
+        stream = Forgiving(sys.stderr) if sys.stderr else None
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=hidden, file=stream) as bar:
 
             def advance(count: int) -> None:
                 with lock:
@@ -40,14 +41,12 @@ class Reporter:
 
             yield advance
 
-    def summary(self, tensors: int, nbytes: int, target: Path) -> None:
+    def summary(self, tensors: int, nbytes: int, target: Path, *, verified: bool) -> None:
         """What was written, and how long the whole run took."""
         seconds = time.monotonic() - self._start
         try:
-            files = sorted(path.name for path in target.iterdir())
-            print(
-                f"{tensors} tensors, {nbytes / 1e9:.3f} GB, {seconds:.1f} s. Wrote {target}: {', '.join(files)}",
-                flush=True,
-            )
-        except OSError as error:
-            raise ConversionError(f"{target} is complete, but no summary of it can be given: {error}.") from error
+            wrote = f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}"
+        except OSError as error:  # the work is done: no reason to end with another status
+            wrote = f"{target}, whose files cannot be listed now ({error.strerror})"
+        checked = " Verified: every tensor was read again and equals its source." if verified else ""
+        say(f"{tensors} tensors, {nbytes / 1e9:.3f} GB, {seconds:.1f} s. Wrote {wrote}.{checked}")

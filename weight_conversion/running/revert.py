@@ -89,7 +89,7 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
         _write_shards(_tasks(source, run, by_place), writers, request, reporter)
         write_model_config(folder, config)
     tensors = [tensor for writer in writers for tensor in writer.tensors.values()]
-    reporter.summary(len(tensors), sum(tensor.nbytes for tensor in tensors), request.target)
+    reporter.summary(len(tensors), sum(tensor.nbytes for tensor in tensors), request.target, verified=request.verify)
 
 
 def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
