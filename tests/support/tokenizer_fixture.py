@@ -30,7 +30,9 @@ _SENTENCES = (
 )
 
 
-def train_tokenizer(path: Path, vocab_size: int = 320, user_defined_symbols: Iterable[str] = ()) -> Path:
+def train_tokenizer(
+    path: Path, vocab_size: int = 320, user_defined_symbols: Iterable[str] = (), space_in_front: bool = False
+) -> Path:
     """Train a model of exactly `vocab_size` pieces and return the file written.
 
     `path` is the file to write, or a folder that gets `tokenizer.model`.
@@ -44,7 +46,7 @@ def train_tokenizer(path: Path, vocab_size: int = 320, user_defined_symbols: Ite
         vocab_size=vocab_size,
         byte_fallback=True,
         character_coverage=0.98,
-        add_dummy_prefix=False,
+        add_dummy_prefix=space_in_front,
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         normalization_rule_name="identity",

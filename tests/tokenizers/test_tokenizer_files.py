@@ -234,6 +234,13 @@ def test_a_character_without_a_use_is_not_matched(tmp_path: Path) -> None:
     assert fast.decode([320]) == slow.decode([320]) == "\0"
 
 
+@pytest.mark.parametrize("in_front", [False, True])
+def test_readers_are_told_whether_a_space_goes_in_front(tmp_path: Path, spec: TokenizerSpec, in_front: bool) -> None:
+    model = train_tokenizer(tmp_path / "other.model", space_in_front=in_front)
+    Tokenizer.read(model).write(tmp_path, spec, chat=False)
+    assert read_json(tmp_path / "tokenizer_config.json")["add_prefix_space"] is in_front
+
+
 # Saving what was written
 
 

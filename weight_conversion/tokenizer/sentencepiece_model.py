@@ -53,6 +53,7 @@ class SentencePieceModel:
     pieces: list[Piece]
     processor: sentencepiece.SentencePieceProcessor
     is_bpe: bool
+    adds_prefix_space: bool  # a space is put in front of every text
     keeps_text: bool  # no normalisation, no added or removed spaces
 
     @classmethod
@@ -83,6 +84,7 @@ class SentencePieceModel:
             pieces=pieces,
             processor=processor,
             is_bpe=trainer.get(_MODEL_TYPE) == _BPE,
+            adds_prefix_space=bool(normalizer.get(_DUMMY_PREFIX, 1)),
             keeps_text=(
                 not normalizer.get(_CHARSMAP)
                 and not normalizer.get(_DUMMY_PREFIX, 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
+from .chat_templates import INTERNLM2_CHAT_TEMPLATE, INTERNLM_CHAT_TEMPLATE
 from .sentencepiece_model import Kind, Piece, SentencePieceModel
 from .tokenizer_json import SpecialTokens, first_difference, obstacle, tokenizer_json
 
@@ -57,17 +58,7 @@ INTERNLM_TOKENIZER = TokenizerSpec(
     module="tokenization_internlm",
     chat_tokens=(ChatToken("<eoh>", 103027, "<eoh>"), ChatToken("<eoa>", 103028, "<eoa>")),
     end_of_turn="<eoa>",
-    chat_template=(
-        "{{ bos_token }}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ '<|System|>:' + message['content'] + '\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '<|User|>:' + message['content'] + '<eoh>\\n' }}"
-        "{% elif message['role'] == 'assistant' %}{{ '<|Bot|>:' + message['content'] + '<eoa>\\n' }}"
-        "{% else %}{{ raise_exception('The roles are system, user and assistant; found ' + message['role'] + '.') }}"
-        "{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}"
-    ),
+    chat_template=INTERNLM_CHAT_TEMPLATE,
 )
 
 INTERNLM2_TOKENIZER = TokenizerSpec(
@@ -80,13 +71,7 @@ INTERNLM2_TOKENIZER = TokenizerSpec(
         )
     ),
     end_of_turn="<|im_end|>",
-    chat_template=(
-        "{{ bos_token }}"
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
+    chat_template=INTERNLM2_CHAT_TEMPLATE,
 )
 
 
@@ -176,6 +161,7 @@ class Tokenizer:
         config = {
             "add_bos_token": True,
             "add_eos_token": False,
+            "add_prefix_space": self._model.adds_prefix_space,  # readers without the model put a space in front else
             "added_tokens_decoder": {
                 str(index): {
                     "content": name,
