@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.model_families import INTERNLM, INTERNLM2, Family
-from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.folders.hf_folder import code_files, copy_code
 
 
 def published(family: Family, **settings: Any) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def test_a_published_config_builds_its_model(
     family: Family, raw: dict[str, Any], rope: tuple[int, str, float], billions: float, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    copy_code(Path(str(family.package.__file__)).parent, tmp_path)
+    copy_code(code_files(Path(str(family.package.__file__)).parent, raw["model_type"]), tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert config.rope() == rope
     assert config.dtype == getattr(torch, raw["torch_dtype"])

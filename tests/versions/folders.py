@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tests.support.checkpoints import build
 from tests.support.golden import Golden
 from tests.support.tokenizer_fixture import train_tokenizer
-from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.folders.hf_folder import code_files, copy_code
 from weight_conversion.mapping.families import FAMILIES
 from weight_conversion.mapping.family import Family
 from weight_conversion.tokenizer.tokenizer_files import Tokenizer
@@ -43,7 +43,7 @@ def write_golden(root: Path) -> None:
             if not folder.exists():
                 folder.mkdir()
                 _write_golden_model(folder, family, golden, name)
-                copy_code(family.code, folder)
+                copy_code(code_files(family.code, family.model_type), folder)
                 tokenizer.write(folder, family.tokenizer, chat=False)
 
 

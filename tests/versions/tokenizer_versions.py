@@ -21,7 +21,7 @@ from typing import Any
 from environments import environment_variables
 
 from tests.support.real_tokenizers import SHARED
-from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.folders.hf_folder import code_files, copy_code
 from weight_conversion.mapping.families import FAMILIES
 from weight_conversion.tokenizer.sentencepiece_model import SentencePieceModel
 from weight_conversion.tokenizer.tokenizer_files import Tokenizer, TokenizerSpec
@@ -53,7 +53,7 @@ AutoTokenizer and trust_remote_code=True, which reports the missing file.
 def write_folder(folder: Path, family: Any, chat: bool) -> None:
     """Write what a converted model's folder holds beside its weights, and the cases to try on it."""
     folder.mkdir()
-    copy_code(family.code, folder)
+    copy_code(code_files(family.code, family.model_type), folder)
     warnings = Tokenizer.read(_model_file(family)).write(folder, family.tokenizer, chat)
     if warnings:
         raise RuntimeError(warnings[0])
