@@ -3,7 +3,10 @@
 from .configuration_internlm2 import InternLM2Config
 from .modeling_internlm2 import (
     InternLM2ForCausalLM,
+    InternLM2ForQuestionAnswering,
+    InternLM2ForRewardModel,
     InternLM2ForSequenceClassification,
+    InternLM2ForTokenClassification,
     InternLM2Model,
 )
 from .tokenization_internlm2 import InternLM2Tokenizer
@@ -11,7 +14,10 @@ from .tokenization_internlm2 import InternLM2Tokenizer
 __all__ = [
     "InternLM2Config",
     "InternLM2ForCausalLM",
+    "InternLM2ForQuestionAnswering",
+    "InternLM2ForRewardModel",
     "InternLM2ForSequenceClassification",
+    "InternLM2ForTokenClassification",
     "InternLM2Model",
     "InternLM2Tokenizer",
 ]

@@ -12,6 +12,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
     "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
     "AutoModelForSequenceClassification": "modeling_internlm2.InternLM2ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_internlm2.InternLM2ForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_internlm2.InternLM2ForQuestionAnswering",
 }
 
 # What config.json may call a rotary type, and what it is called here.

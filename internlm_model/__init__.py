@@ -1,7 +1,9 @@
 from .configuration_internlm import InternLMConfig
 from .modeling_internlm import (
     InternLMForCausalLM,
+    InternLMForQuestionAnswering,
     InternLMForSequenceClassification,
+    InternLMForTokenClassification,
     InternLMModel,
 )
 from .tokenization_internlm import InternLMTokenizer
@@ -9,7 +11,9 @@ from .tokenization_internlm import InternLMTokenizer
 __all__ = [
     "InternLMConfig",
     "InternLMForCausalLM",
+    "InternLMForQuestionAnswering",
     "InternLMForSequenceClassification",
+    "InternLMForTokenClassification",
     "InternLMModel",
     "InternLMTokenizer",
 ]

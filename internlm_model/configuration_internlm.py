@@ -12,6 +12,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_internlm.InternLMForCausalLM",
     "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM",
     "AutoModelForSequenceClassification": "modeling_internlm.InternLMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_internlm.InternLMForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_internlm.InternLMForQuestionAnswering",
 }
 
 # What config.json may call a rotary type, and what it is called here.

@@ -22,7 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
@@ -616,7 +618,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
 
 
 class InternLMForSequenceClassification(InternLMPreTrainedModel):
-    """The decoder with a linear head on the last real token of each row."""
+    """The decoder with a linear head on the last real token of each row, or of each sequence packed into rows."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -638,13 +640,13 @@ class InternLMForSequenceClassification(InternLMPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Logits [B, num_labels] of each row's last real token.
+        """Logits [B, num_labels] of each row's last real token; of packed rows [n, num_labels], one for each sequence.
 
         The attention_mask tells which that is; without one it is the last that is not pad_token_id, or the
         last at all where there are no input_ids or no pad_token_id.
 
         Args:
-            labels: [B] classes, or [B] or [B, num_labels] values for regression and multi-label problems.
+            labels: [B] (packed: [n]) classes, or [B] or [B, num_labels] values for regression and multi-label problems.
             Others: see InternLMModel.forward.
         """
         outputs = self.model(
@@ -657,8 +659,17 @@ class InternLMForSequenceClassification(InternLMPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # [B, T, H]
-        rows = torch.arange(len(hidden_states), device=hidden_states.device)
-        logits = self.score(hidden_states[rows, self._last_tokens(hidden_states, input_ids, attention_mask)])
+        if position_ids is None and kwargs.get("indexes") is not None:
+            position_ids = torch.atleast_2d(kwargs["indexes"])
+        offsets = next((kwargs[name] for name in ("cu_seqlens", "cu_seq_lens_q") if kwargs.get(name) is not None), None)
+        packed = token_layout(hidden_states, position_ids, attention_mask, past_key_values, offsets).packed
+        if packed is not None and bool((packed.diff(dim=-1) != 1).any()):
+            logits = self.score(hidden_states.flatten(0, 1)[self._last_of_packed(hidden_states, input_ids, packed)])
+        else:
+            rows = torch.arange(len(hidden_states), device=hidden_states.device)
+            logits = self.score(
+                hidden_states[rows, last_tokens(self.config.pad_token_id, hidden_states, input_ids, attention_mask)]
+            )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -670,16 +681,136 @@ class InternLMForSequenceClassification(InternLMPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _last_tokens(
-        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    def _last_of_packed(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, packed: torch.Tensor
     ) -> torch.Tensor:
-        """Column of each row's last real token, [B]."""
-        length = hidden_states.shape[1]
-        columns = torch.arange(length, device=hidden_states.device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -length:] != 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        else:
-            return columns[-1:].expand(len(hidden_states))
-        return (columns * real.to(columns.device)).argmax(-1)
+        """Where the sequences packed into [B, T] rows end, [n] of the B T tokens; sequences of padding are none."""
+        rows = len(hidden_states)
+        starts = F.pad(packed.diff(dim=-1) != 1, (1, 0), value=True).expand(rows, -1).flatten()
+        ends = torch.cat((starts[1:], starts.new_ones(1)))
+        if input_ids is None or self.config.pad_token_id is None:
+            return ends.nonzero().flatten()
+        number = starts.cumsum(0) - 1  # of the token's sequence
+        real = (input_ids.flatten() != self.config.pad_token_id).long()
+        tokens = torch.zeros_like(number).index_add(0, number, real)  # real ones, by sequence
+        return (ends & (tokens[number] > 0)).nonzero().flatten()
+
+
+def last_tokens(
+    pad_token_id: int | None,
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Column of each row's last real token, [B], by the mask, or else by what is not padding in input_ids."""
+    length = hidden_states.shape[1]
+    columns = torch.arange(length, device=hidden_states.device)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -length:] != 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return columns[-1:].expand(len(hidden_states))
+    return (columns * real.to(columns.device)).argmax(-1)
+
+
+class InternLMForTokenClassification(InternLMPreTrainedModel):
+    """The decoder with a linear head on every token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
+        self.model = InternLMModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits [B, T, num_labels], each from the tokens up to its own.
+
+        Args:
+            labels: [B, T] classes, -100 where there is no loss.
+            Others: see InternLMModel.forward.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class InternLMForQuestionAnswering(InternLMPreTrainedModel):
+    """The decoder with a linear head that scores every token as the start and as the end of the answer."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: InternLMConfig) -> None:
+        super().__init__(config)
+        self.model = InternLMModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Start and end logits, [B, T] each.
+
+        Args:
+            start_positions, end_positions: [B] columns of the answer's first and last token; beyond the row: no loss.
+            Others: see InternLMModel.forward.
+
+        Raises:
+            ValueError: one of start_positions and end_positions without the other.
+        """
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("Give start_positions and end_positions both, or neither.")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from tests.support.checkpoints import Shape, build
 from tests.support.tokenizer_fixture import train_tokenizer
@@ -221,10 +229,24 @@ def test_every_auto_class_loads_the_folder(family: str, tokenizer: Path, tmp_pat
         (AutoModel, "ForCausalLM"),
         (AutoModelForCausalLM, "ForCausalLM"),
         (AutoModelForSequenceClassification, "ForSequenceClassification"),
+        (AutoModelForTokenClassification, "ForTokenClassification"),
+        (AutoModelForQuestionAnswering, "ForQuestionAnswering"),
     ):
         model = auto.from_pretrained(tmp_path / "hf", trust_remote_code=True)
         assert type(model).__name__ == name + ending
         assert model.dtype == torch.float32
+
+
+def test_published_keys_are_written_as_published(tokenizer: Path, tmp_path: Path) -> None:
+    written = {}
+    for family in FAMILIES:
+        build(tmp_path / family, family)
+        flags = ["--rotary_type", "dynamic", "--scaling_factor", "1"]
+        convert(family, tmp_path / family, tmp_path / f"{family}_hf", tokenizer, *flags)
+        written[family] = json.loads((tmp_path / f"{family}_hf" / "config.json").read_text())
+    assert written["internlm"]["rotary"] == {"base": 10000, "type": "dynamic"}
+    assert written["internlm"]["rope_scaling"] == {"type": "dynamic", "factor": 1.0}
+    assert written["internlm2"]["pretraining_tp"] == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

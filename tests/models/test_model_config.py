@@ -310,7 +310,10 @@ def test_raw_json_suits_every_reader(family: Family, rope: str, tmp_path: Path) 
         "AutoConfig": f"configuration_{family.name}.{family.prefix}Config",
         "AutoModel": f"modeling_{family.name}.{family.prefix}ForCausalLM",
         "AutoModelForCausalLM": f"modeling_{family.name}.{family.prefix}ForCausalLM",
-        "AutoModelForSequenceClassification": f"modeling_{family.name}.{family.prefix}ForSequenceClassification",
+        **{
+            f"AutoModelFor{head}": f"modeling_{family.name}.{family.prefix}For{head}"
+            for head in ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+        },
     }
     if family is INTERNLM:
         expected = {"base": 10000, "type": rope} | ({"scaling_factor": 2.0} if scaled else {})

@@ -132,7 +132,8 @@ def _layout_written(common: Layout, version: int) -> Layout:
 def _hf_config(rope: Rope) -> dict[str, Any]:
     if rope.dynamic_factor is None:
         return {"rotary": {"base": rope.theta, "type": "origin"}}
-    return {"rotary": {"base": rope.theta, "type": "dynamic", "scaling_factor": rope.dynamic_factor}}
+    factor = {} if rope.dynamic_factor == 1 else {"scaling_factor": rope.dynamic_factor}  # published without
+    return {"rotary": {"base": rope.theta, "type": "dynamic", **factor}}
 
 
 def _training_config(shape: ModelShape, config: Mapping[str, Any], rope: Rope) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _layout_written(common: Layout, version: int) -> Layout:
 
 
 def _hf_config(rope: Rope) -> dict[str, Any]:
-    return {}
+    return {"pretraining_tp": 1}  # as published; nothing here reads it
 
 
 def _training_config(shape: ModelShape, config: Mapping[str, Any], rope: Rope) -> dict[str, Any]:

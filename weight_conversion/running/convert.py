@@ -221,6 +221,8 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
             "AutoModel": f"{modeling}ForCausalLM",
             "AutoModelForCausalLM": f"{modeling}ForCausalLM",
             "AutoModelForSequenceClassification": f"{modeling}ForSequenceClassification",
+            "AutoModelForTokenClassification": f"{modeling}ForTokenClassification",
+            "AutoModelForQuestionAnswering": f"{modeling}ForQuestionAnswering",
         },
         "bias": source.has_bias,
         "bos_token_id": 1,
