@@ -26,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import transformers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from weight_conversion.folders.hf_folder import copy_code
+from weight_conversion.folders.hf_folder import code_files, copy_code
 from weight_conversion.mapping.families import FAMILIES
 from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 
@@ -87,7 +87,7 @@ def documents(size: int) -> list[str]:
 def contenders(model: Path, folder: Path) -> dict[str, Any]:
     """Return the slow and the fast tokenizer as the converter writes them, and Llama's, by name."""
     family = FAMILIES["internlm2"]
-    copy_code(family.code, folder)
+    copy_code(code_files(family.code, family.model_type), folder)
     Tokenizer.read(model).write(folder, family.tokenizer, chat=False)
     llama = llama_tokenizer(model, folder / "tokenizer.json")
     return {

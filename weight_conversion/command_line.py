@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ ADVICE = {
     errno.EROFS: "Nothing was written under --tgt; choose one on a disk that can be written.",
     errno.EACCES: "Nothing was written under --tgt; check the permissions.",
 }
+
+ADDRESS_SPACE_NEEDED = 720 << 20
+"""What the libraries reserve, most of it never used: 642 MB with torch 2.13, and some for the threads."""
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -234,6 +238,7 @@ def _status(action: Callable[[], None]) -> int:
     status, sentence = 0, None
     try:
         with raised_once():
+            _check_address_space()
             action()
     except ConversionError as error:
         status, sentence = 1, f"error: {error}"
@@ -251,6 +256,16 @@ def _status(action: Callable[[], None]) -> int:
     if status:
         _end_without_hanging_threads(status)
     return status
+
+
+def _check_address_space() -> None:
+    """Libraries that get too little while they are loaded end the program without an error that could be told."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_NEEDED:
+        raise ConversionError(
+            f"the limit on address space is {limit >> 20} MB, {ADDRESS_SPACE_NEEDED >> 20} MB are needed. Raise it "
+            "(ulimit -v)."
+        )
 
 
 def _advice(error: OSError) -> str:

@@ -1,6 +1,7 @@
 """What goes wrong in a way that the user can mend."""
 
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 
 _SHORT = reprlib.Repr()
@@ -31,3 +32,13 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python prints no whole number of more than 4300 digits
         return f"a {type(value).__name__} too long to print"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a sentence: the first few, and how many more."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+NAMED = 4
+"""How many names a sentence lists."""

@@ -271,7 +271,7 @@ def test_flags_have_the_documented_defaults(family: str) -> None:
     factor = {"internlm": 1.0, "internlm2": 2.0}[family]
     parser = convert_parser("convert", family, factor, versions=family == "internlm")
     arguments = vars(parser.parse_args(["--src", "a", "--tgt", "b", "--tokenizer", "c"]))
-    documented = {"dtype": "bfloat16", "max_shard": "10GB", "max_pos": 4096, "rotary_type": "origin"}
+    documented = {"dtype": "bfloat16", "max_shard": 10 * 10**9, "max_pos": 4096, "rotary_type": "origin"}
     assert documented.items() <= arguments.items()
     assert arguments["scaling_factor"] == factor
 

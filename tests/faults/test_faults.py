@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from internlm2_model import InternLM2ForCausalLM
 from tests.faults.fault_harness import (
     TINY,
     Child,
@@ -165,6 +168,23 @@ def a_folder(place: Place) -> None:
     (place.source / C).mkdir()
 
 
+def kind_of(folder: str, name: str, kind: str) -> Change:
+    """Something that is no file under the name of one: opening it waits for ever, or reading it never ends."""
+
+    def change(place: Place) -> None:
+        path = place.root / folder / name
+        path.unlink(missing_ok=True)
+        if kind == "FIFO":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(path))
+
+    return change
+
+
 def shards_of_four_ranks(place: Place) -> None:
     build(place.root / "four", "internlm2", shape=Shape(16, 2, 4, 4, 256, 128), tp=4, pp=2)
     for tp, pp in ((2, 0), (2, 1), (3, 0), (3, 1)):
@@ -188,6 +208,12 @@ def a_bias_on_rank_one(place: Place) -> None:
 WQKV, NORM, W1 = "layers.0.attention.wqkv.weight", "layers.0.ffn_norm.weight", "layers.0.feed_forward.w1.weight"
 
 BAD_CHECKPOINTS: dict[str, tuple[Change, list[str]]] = {
+    **{
+        f"a {kind} for {name}": (kind_of("source", name, kind), [name, f"a {kind}"])
+        for name in (A, D)
+        for kind in ("FIFO", "device", "socket")
+    },
+    "a FIFO for model_config.pt": (kind_of("source", "model_config.pt", "FIFO"), ["model_config.pt is missing"]),
     "a shard is missing": (remove(D), ["source", f"lacks {D}"]),
     "the first stage is missing": (remove(A, C), [f"lacks {A}, {C}"]),
     "the last stage is missing": (remove(B, D), ["model_config.pt", "num_layers = 2", "1 layers"]),
@@ -414,10 +440,12 @@ def tokenizer(content: bytes) -> Change:
         (lambda place: place.tokenizer.unlink(), ["does not exist"]),
         (lambda place: (place.tokenizer.unlink(), place.tokenizer.mkdir()), ["does not exist"]),
         (link("tokenizer.model", "tokenizer.model"), ["does not exist"]),
+        (kind_of(".", "tokenizer.model", "FIFO"), ["a FIFO"]),
+        (kind_of(".", "tokenizer.model", "device"), ["a device"]),
     ],
     ids=[
         *("too large", "empty", "text", "JSON", "bytes", "cut", "no UTF-8", "a number for a text", "no kind"),
-        *("missing", "empty folder", "link to itself"),
+        *("missing", "empty folder", "link to itself", "FIFO", "device"),
     ],
 )
 def test_a_bad_tokenizer_is_refused(change: Change, words: list[str], place: Place) -> None:
@@ -517,6 +545,20 @@ HF_WQKV = "model.layers.1.attention.wqkv.weight"
 BAD_FOLDERS: dict[str, tuple[Change, list[str]]] = {
     "the folder is missing": (lambda place: shutil.rmtree(place.hf), ["hf is not a folder"]),
     "the folder links to itself": (link("hf", "hf"), ["hf is not a folder"]),
+    "a FIFO for weights": (kind_of("hf", FIRST, "FIFO"), [FIRST, "missing"]),
+    "a FIFO for a .bin": (kind_of("hf", "pytorch_model.bin", "FIFO"), ["pytorch_model.bin", "a FIFO"]),
+    "a FIFO for the single file": (kind_of("hf", "model.safetensors", "FIFO"), ["model.safetensors", "a FIFO"]),
+    "a device for the single file": (kind_of("hf", "model.safetensors", "device"), ["model.safetensors", "a device"]),
+    "a FIFO for config.json": (kind_of("hf", "config.json", "FIFO"), ["config.json", "missing"]),
+    "a FIFO for the index": (kind_of("hf", INDEX, "FIFO"), [INDEX, "missing"]),
+    "a file that config.json names": (
+        change_json("config.json", transformers_weights="x.safetensors"),
+        ["config.json", "transformers_weights", "'x.safetensors'"],
+    ),
+    "an index whose files are gone": (
+        lambda place: [path.unlink() for path in place.hf.glob("model-*")],
+        [INDEX, "missing", "remove it"],
+    ),
     "no weights": (lambda place: [path.unlink() for path in place.hf.glob("model*")], ["hf", "model.safetensors"]),
     "config.json is missing": (lambda place: (place.hf / "config.json").unlink(), ["config.json is missing"]),
     "config.json links to itself": (link("hf/config.json", "config.json"), ["config.json is missing"]),
@@ -645,6 +687,51 @@ def test_the_bad_folders_were_good_before(place: Place, internlm: Place) -> None
             assert torch.equal(state["norm.weight"], pp1["norm.weight"])
             first = next(iter(pp0))
             assert torch.equal(state[first], pp0[first])
+
+
+def test_a_folder_saved_twice_is_read_as_transformers_reads_it(place: Place) -> None:
+    """First in shards, then whole: transformers loads the single file, whatever the index says."""
+    new = {name: tensor + 1 for name, tensor in tensors_of(place).items()}
+    save_file(new, place.hf / "model.safetensors", metadata={"format": "pt"})
+    torch.save({name: tensor + 2 for name, tensor in new.items()}, place.hf / "pytorch_model.bin")
+    torch.save({}, place.hf / "pytorch_model-00001-of-00001.bin")
+    model = InternLM2ForCausalLM.from_pretrained(place.hf, dtype="auto").state_dict()
+    assert all(torch.equal(model[name], tensor) for name, tensor in new.items())
+    for flags, added in ((["--safetensors"], 0), ([], 2)):
+        outcome = run_script(*place.revert_command(*flags))
+        assert outcome.status == 0
+        assert "also holds" in outcome.errors
+        assert INDEX in outcome.errors or "more" in outcome.errors
+        norm = torch.load(place.target / "model_tp0_pp0.pt")["norm.weight"]
+        assert torch.equal(norm, new["model.norm.weight"] + added)
+        shutil.rmtree(place.target)
+
+
+def test_an_index_of_files_that_are_gone_does_not_hide_the_others(place: Place) -> None:
+    """As after a conversion from .bin to safetensors that left the index."""
+    (place.hf / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {OUTPUT: "pytorch_model-1.bin"}}))
+    outcome = run_script(*place.revert_command())
+    assert outcome.status == 0
+    assert "also holds pytorch_model.bin.index.json, not read" in outcome.errors
+
+
+@pytest.mark.parametrize("flags", [(), ("--embed_split",)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_vocabulary_that_does_not_divide_is_told_from_heads_and_sizes(
+    family: str, flags: tuple[str, ...], bases: dict[str, Path]
+) -> None:
+    """As resize_token_embeddings leaves it, and what it can do about it."""
+    with copied_place(bases, family) as place:
+        for path in place.hf.glob("*.safetensors"):
+            tensors = {
+                name: torch.cat([tensor, tensor[:1]]) if tensor.shape[0] == 128 and tensor.shape[-1] == 16 else tensor
+                for name, tensor in load_file(path).items()
+                if "embed" in name or "output" in name or "lm_head" in name
+            }
+            save_file(load_file(path) | tensors, path)
+        change_json("config.json", vocab_size=129)(place)
+        words = ["the vocabulary of 129", "pad_to_multiple_of=2", "does not divide by 2"]
+        refused(place, place.revert_command(*flags), *words)
 
 
 @pytest.mark.parametrize("tp", ["0", "-1", "x", "1.5", ""])
@@ -978,6 +1065,53 @@ def test_a_limit_on_file_sizes(direction: str, place: Place) -> None:
         assert others_of(place) == result.others
     outcome = run_child(*COMMANDS[direction](place), Conditions(place.root, file_size=sizes[-1]))
     assert outcome.status == 0
+
+
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_more_files_than_may_be_open(direction: str, place: Place) -> None:
+    shutil.rmtree(place.source)
+    if direction == "convert":  # 2 x 40 shards
+        build(place.source, "internlm2", shape=Shape(16, 40, 4, 2, 256, 128), tp=2, pp=40)
+        command = place.convert_command()
+    else:  # a file for every tensor, to 64 shards
+        shape = Shape(hidden=128, layers=2, heads=64, kv_heads=64, vocab=128)
+        build(place.source, "internlm2", shape=shape)
+        assert run_script(*place.convert_command("--force", "--max_shard", "1KB", target=place.hf)).status == 0
+        command = ("revert_internlm2", revert_words(place.hf, place.target, 64))
+    assert run_script(*command).status == 0
+    expected = contents(place.target)
+    shutil.rmtree(place.target)
+    outcome = run_child(*command, Conditions(place.root, open_files=32))
+    assert outcome.status == 0, outcome
+    assert contents(place.target) == expected
+
+
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_no_thread_to_be_had(direction: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if thread.name.startswith("copying"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    for flags in ((), ("--verify",)):
+        before = snapshot(place.root, times=False)
+        assert_refused(run_script(*COMMANDS[direction](place, *flags)), "can't start new thread", "ulimit -u")
+        assert snapshot(place.root, times=False) == before
+
+
+@pytest.mark.parametrize("megabytes", [100, 200, 300, 400, 600, 900, 1300])
+def test_too_little_address_space(megabytes: int, place: Place) -> None:
+    """One sentence, or success; never a traceback, whatever the libraries do with the little they get."""
+    before = snapshot(place.root, times=False)
+    outcome = run_itself(place, place.convert_command(), f'ulimit -v {megabytes << 10}; "$@"')
+    if outcome.status:
+        assert outcome.status == 1, outcome
+        assert "Traceback" not in outcome.errors
+        assert outcome.sentences[-1].startswith("error: "), outcome
+        assert snapshot(place.root, times=False) == before
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import ConversionError, naming, shown
+from .kinds import check_regular
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
 DTYPES: dict[str, torch.dtype] = {
@@ -45,6 +46,7 @@ ALIGNMENT = 8
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name; ConversionError where the header does not describe the file to the byte."""
+    check_regular(path)
     size = path.stat().st_size
     with naming(path), path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")

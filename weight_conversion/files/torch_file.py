@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ConversionError, naming, shown
+from .kinds import check_regular
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
 STORAGE_TYPES: dict[torch.dtype, type] = {
@@ -189,6 +190,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
     """The unpickled content and the tensor storages by key."""
+    check_regular(path)
     try:
         with naming(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
@@ -202,14 +204,14 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
                 raise ConversionError(f"{path} was saved on a big-endian machine, which is not supported.")
             data = prefix + "data/"
             records = {name.removeprefix(data): at for name, at in located.items() if name.startswith(data)}
-    except ConversionError:
-        raise
-    except OSError:
+    except (ConversionError, OSError, MemoryError):
         raise
     except Exception as error:  # a damaged archive raises many kinds of errors
         raise _unreadable(path, error) from error
     try:
         return _Unpickler(io.BytesIO(content)).load(), records
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged or hostile pickle raises any kind of error
         raise ConversionError(
             f"{path} is not a file of tensors or settings that can be trusted: {error}. Nothing in it was run."

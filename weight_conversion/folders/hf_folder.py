@@ -12,6 +12,7 @@ pytorch_model.bin, pytorch_model-*.bin and pytorch_model.bin.index.json are the 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class WeightFormat:
 
 SAFETENSORS = WeightFormat("model.safetensors", "model-*.safetensors", read_header)
 TORCH = WeightFormat("pytorch_model.bin", "pytorch_model-*.bin", read_state_dict)
+FORMATS = (SAFETENSORS, TORCH)
+EXPLICIT_FILE = "transformers_weights"
+"""The key of config.json by which transformers loads one named file instead of looking for one."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,18 @@ class HFFolder:
     format: WeightFormat
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    passed_over: tuple[str, ...] = ()
+    """Weight files and indices that were not read, because others come first."""
 
 
 def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
     """Finds the tensors, reading headers only; ConversionError where the folder is not whole."""
     config = read_json(folder / CONFIG)
+    if config.get(EXPLICIT_FILE) is not None:
+        raise ConversionError(
+            f"{folder / CONFIG} has {EXPLICIT_FILE} = {shown(config[EXPLICIT_FILE])}, which makes transformers load "
+            "that file: not supported. Save the model again with save_pretrained, or take the setting out."
+        )
     weight_map, files = _weight_files(folder, weights)
     tensors: dict[str, StoredTensor] = {}
     for path in files:
@@ -68,7 +79,7 @@ def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
             raise ConversionError(
                 f"{folder / file} lacks tensor {name!r}, which {weights.single}{INDEX_SUFFIX} puts there."
             )
-    return HFFolder(folder, weights, config, tensors)
+    return HFFolder(folder, weights, config, tensors, _passed_over(folder, weights, weight_map, files))
 
 
 def verify_files(folder: HFFolder) -> None:
@@ -82,24 +93,36 @@ def has_weights(folder: Path, weights: WeightFormat) -> bool:
     """Whether the folder holds weight files of this format."""
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder. --src takes a folder that save_pretrained wrote.")
-    names = (weights.single, weights.single + INDEX_SUFFIX)
-    return any((folder / name).exists() for name in names) or any(folder.glob(weights.sharded))
+    return os.path.lexists(folder / weights.single) or any(folder.glob(weights.sharded))
 
 
 def _weight_files(folder: Path, weights: WeightFormat) -> tuple[dict[str, str], list[Path]]:
-    """The index, empty where there is none, and the files to read."""
-    index_file = folder / (weights.single + INDEX_SUFFIX)
-    if index_file.exists() or index_file.is_symlink():
+    """The index, empty where it is not used, and the files to read.
+
+    In the order of transformers (`_get_resolved_checkpoint_files` in modeling_utils.py): the single file comes before
+    an index that lies beside it, as after saving twice into one folder. Shards without an index are read as well.
+    """
+    single, index_file = folder / weights.single, folder / (weights.single + INDEX_SUFFIX)
+    if os.path.lexists(single):
+        return {}, [single]
+    if os.path.lexists(index_file):
         weight_map = read_json(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ConversionError(f"{index_file} has no 'weight_map' of tensor names to file names.")
         files = [_inside(folder, name, index_file) for name in sorted(set(weight_map.values()))]
         return weight_map, files
-    single = folder / weights.single
-    files = [single] if single.exists() else sorted(folder.glob(weights.sharded))
+    files = sorted(folder.glob(weights.sharded))
     if not files:
         raise ConversionError(f"{folder} holds neither {weights.single} nor {weights.sharded}.")
     return {}, files
+
+
+def _passed_over(
+    folder: Path, weights: WeightFormat, weight_map: Mapping[str, str], files: Sequence[Path]
+) -> tuple[str, ...]:
+    read = {path.name for path in files} | ({weights.single + INDEX_SUFFIX} if weight_map else set())
+    kinds = [kind for pair in FORMATS for kind in (pair.single, pair.single + INDEX_SUFFIX, pair.sharded)]
+    return tuple(sorted({path.name for kind in kinds for path in folder.glob(kind)} - read))
 
 
 def _inside(folder: Path, name: str, index_file: Path) -> Path:
@@ -111,7 +134,7 @@ def _inside(folder: Path, name: str, index_file: Path) -> Path:
     if not path.is_file():
         raise ConversionError(
             f"{index_file} names the file {shown(name)}, which is missing in its folder. Copy it, or fetch the folder "
-            "again."
+            "again; if the index is left from an older save, remove it."
         )
     return path
 

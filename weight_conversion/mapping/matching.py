@@ -15,7 +15,7 @@ from ..files.copying import Move
 from ..files.views import StoredTensor, TensorSpec
 from ..folders.grid import Grid, Group
 from ..folders.internevo_folder import TrainingCheckpoint
-from .rules import ModelShape, Rule
+from .rules import IndivisibleError, ModelShape, Rule
 from .table import Entry, Layout, Table
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -116,9 +116,15 @@ def part_shapes(entry: Entry, grid: Grid, shape: ModelShape) -> list[tuple[int, 
     try:
         return entry.rule.part_shapes(entry.hf_shapes, size, shape)
     except ValueError as error:
+        remedy = f"Choose a {group.value} size that divides {DIVIDED_BY[group]}."
+        by_rows = isinstance(error, IndivisibleError) and error.by_rows
+        if by_rows and entry.hf_shapes[0] == (shape.vocab_size, shape.hidden_size):
+            remedy = (
+                f"Choose a {group.value} size that divides the vocabulary of {shape.vocab_size} and "
+                f"{DIVIDED_BY[group]}, or enlarge it before: model.resize_token_embeddings(pad_to_multiple_of={size}), then save_pretrained."
+            )
         raise ConversionError(
-            f"tensor {entry.training[0]!r} cannot be split over {size} {group.value} ranks: {error}. "
-            f"Choose a {group.value} size that divides {DIVIDED_BY[group]}."
+            f"tensor {entry.training[0]!r} cannot be split over {size} {group.value} ranks: {error}. {remedy}"
         ) from error
 
 

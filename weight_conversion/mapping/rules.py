@@ -69,6 +69,14 @@ class ModelShape:
 Shapes = Sequence[tuple[int, ...]]
 
 
+class IndivisibleError(ValueError):
+    """A tensor that the ranks cannot share equally; `by_rows`: it is its rows that do not divide."""
+
+    def __init__(self, sentence: str, *, by_rows: bool) -> None:
+        super().__init__(sentence)
+        self.by_rows = by_rows
+
+
 class Rule(Protocol):
     """Pairs windows of full tensors with windows of the parts that the ranks of a group hold."""
 
@@ -102,7 +110,9 @@ class Split:
         (full,) = fulls
         length, rest = divmod(full[self.dim], size)
         if rest:
-            raise ValueError(f"dimension {self.dim} of {list(full)} does not divide by {size}")
+            raise IndivisibleError(
+                f"dimension {self.dim} of {list(full)} does not divide by {size}", by_rows=self.dim == 0
+            )
         return [(*full[: self.dim], length, *full[self.dim + 1 :])]
 
     def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:

@@ -22,14 +22,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import ConversionError, naming
+from ..errors import ConversionError, listed, naming
 from ..folders.model_folder import has_weight_files, other_files
 
 SPARE_BYTES = 64 << 20
 """Room asked for beside the weights: tokenizer, code and the file system's own needs."""
 MARK = "written-by-weight-conversion"
-NAMED_FILES = 4
-"""How many of a folder's files a sentence names."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """How file systems of clusters answer that they are mounted without locks."""
 
@@ -84,10 +82,9 @@ class Publication:
             )
         others = other_files(self.target)
         if others or not has_weight_files(self.target):
-            named = f"{', '.join(others[:NAMED_FILES])}{_and_more(others)}" if others else "no weights"
             raise ConversionError(
-                f"--tgt {self.target} holds {named}: --force replaces a folder of model files alone. Move away what "
-                "you want to keep and remove the folder, or choose another --tgt."
+                f"--tgt {self.target} holds {listed(others) or 'no weights'}: --force replaces a folder of model files "
+                "alone. Move away what you want to keep and remove the folder, or choose another --tgt."
             )
 
     def _is_filled(self) -> bool:
@@ -285,10 +282,6 @@ def _mount_points() -> list[Path]:
         return []  # the rename tried before anything is written still finds them
     escaped = (line.split(b" ")[4] for line in lines)
     return [Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), path))) for path in escaped]
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
 
 
 def _locked_folder(folder: Path) -> int:

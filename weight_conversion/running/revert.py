@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError, naming, shown
+from ..errors import ConversionError, listed, naming, shown
 from ..files.copying import Copier, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
@@ -98,6 +98,12 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
         weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
         reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
     folder = read_folder(request.source, weights)
+    if folder.passed_over:
+        reporter.warn(
+            f"{request.source} also holds {listed(folder.passed_over)}, not read: a single file comes before an index, "
+            "files of an index before others, and .bin before safetensors unless --safetensors is given (transformers "
+            "takes safetensors first)."
+        )
     where = request.source / CONFIG
     if folder.config.get("model_type") != family.model_type:
         raise ConversionError(

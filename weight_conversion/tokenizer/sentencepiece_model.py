@@ -16,6 +16,7 @@ from typing import Any
 import sentencepiece
 
 from ..errors import ConversionError
+from ..files.kinds import check_regular
 
 # Field numbers of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -60,6 +61,8 @@ class SentencePieceModel:
     def read(cls, path: Path) -> SentencePieceModel:
         """Read a model file, or the `tokenizer.model` of a folder; ConversionError if that is not what lies there."""
         path = path / "tokenizer.model" if path.is_dir() else path
+        if path.exists() and not path.is_dir():
+            check_regular(path)
         if not path.is_file():
             raise ConversionError(
                 f"The tokenizer {path} does not exist; pass the SentencePiece model (tokenizer.model) "
