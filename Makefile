@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint compat compat-ci compat-environments llama-cpp tokenizer-versions
+.PHONY: demo test test-kernels kernels-ci lint compat compat-ci compat-environments llama-cpp tokenizer-versions
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -22,6 +22,18 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The model and training tests on other kernels than this processor's own, one set after the other.
+KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2 \
+	OMP_NUM_THREADS=1
+ON_KERNELS := -m pytest -n 2 --dist worksteal tests/models tests/training
+
+test-kernels: $(READY)
+	set -e; for kernels in $(KERNELS); do echo "$$kernels"; env $$kernels $(BIN)/python $(ON_KERNELS); done
+
+# All of the sets that are furthest from a new processor's, at once.
+kernels-ci: $(READY)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python $(ON_KERNELS)
 
 # .compat/<version>/: transformers 4.57.6 to 5.23.0, one folder each, all on this environment's torch.
 compat-environments: $(READY)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import StaticCache
 
 from tests.support.model_families import FAMILIES, INTERNLM, Family, padded, tokens
+from tests.support.rounding import assert_near
 
 ROPES = ["origin", "dynamic", "linear"]
 BACKENDS = ["eager", "sdpa", "flex_attention"]
@@ -39,7 +40,7 @@ def tiny(family: Family, rope: str, backend: str = "eager") -> Any:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert_near(actual, expected)
 
 
 @over_families

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.rounding import assert_near, decided
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -64,11 +65,11 @@ def test_a_saved_folder_stands_alone(family: Family, folder: Path) -> None:
         model = auto.from_pretrained(folder, trust_remote_code=True)
         assert type(model).__name__ == f"{family.prefix}ForCausalLM"
         assert type(model) is not family.cls("ForCausalLM")  # the folder's own code
-        torch.testing.assert_close(model(ids).logits, expected)
+        assert_near(model(ids).logits, expected)
         assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 43)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=5)
     assert classifier(ids).logits.shape == (1, 5)
-    torch.testing.assert_close(classifier.model.norm.weight, model.model.norm.weight)
+    assert torch.equal(classifier.model.norm.weight, model.model.norm.weight)
 
 
 @over_families
@@ -106,7 +107,7 @@ def test_tied_embeddings_are_stored_once(family: Family, tmp_path: Path) -> None
     again = load(tmp_path)
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
     ids = tokens(1, 6)
-    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert_near(again(ids).logits, model(ids).logits)
 
 
 @over_families
@@ -201,7 +202,7 @@ def test_the_backend_can_be_changed_later(family: Family) -> None:
     model.set_attn_implementation("sdpa")
     assert model.model.layers[0].state_dict().keys()
     assert model.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert_near(model(ids).logits, expected)
     with pytest.raises(ValueError, match="only attn_implementation"):
         model(ids, output_attentions=True)
 
@@ -243,9 +244,9 @@ def test_layers_on_cpu_and_disk(family: Family, folder: Path, tmp_path: Path) ->
         .state_dict()["ffn_norm.weight" if family.name == "internlm2" else "input_layernorm.weight"]
         .is_meta
     )
-    torch.testing.assert_close(offloaded(ids).logits, plain(ids).logits)
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    assert torch.equal(offloaded.generate(ids, **settings), plain.generate(ids, **settings))
+    assert_near(offloaded(ids).logits, plain(ids).logits)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4}
+    assert torch.equal(offloaded.generate(ids, do_sample=False, **settings), decided(plain, ids, **settings))
 
 
 @over_families
@@ -256,7 +257,7 @@ def test_device_map_auto_keeps_layers_whole(family: Family, folder: Path, tmp_pa
     assert set(placed.values()) == {"cpu", "disk"}
     assert not [name for name in placed if name.startswith("model.layers.") and name.count(".") > 2]
     ids = tokens(1, 12)
-    torch.testing.assert_close(model(ids).logits, load(folder)(ids).logits)
+    assert_near(model(ids).logits, load(folder)(ids).logits)
 
 
 @over_families
@@ -266,4 +267,4 @@ def test_construction_without_memory(family: Family, folder: Path) -> None:
     assert all(parameter.is_meta for parameter in empty.parameters())
     ids = tokens(1, 6)
     lean = load(folder, low_cpu_mem_usage=True)
-    torch.testing.assert_close(lean(ids).logits, load(folder)(ids).logits)
+    assert_near(lean(ids).logits, load(folder)(ids).logits)

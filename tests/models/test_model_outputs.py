@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.rounding import assert_near
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 over_sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -23,8 +24,8 @@ def test_logits_to_keep(family: Family) -> None:
     ids = tokens(2, 12)
     logits = model(ids).logits
     assert logits.shape == (2, 12, 320)
-    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, logits[:, [2, 5]])
+    assert_near(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    assert_near(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, logits[:, [2, 5]])
 
 
 @over_families
@@ -35,9 +36,9 @@ def test_loss_is_next_token_cross_entropy(family: Family) -> None:
     labels[0, :6] = -100
     outputs = model(ids, labels=labels)
     logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    torch.testing.assert_close(outputs.loss, F.cross_entropy(logits, targets))
+    assert_near(outputs.loss, F.cross_entropy(logits, targets))
     total = model(ids, labels=labels, num_items_in_batch=torch.tensor(100)).loss
-    torch.testing.assert_close(total, F.cross_entropy(logits, targets, reduction="sum") / 100)
+    assert_near(total, F.cross_entropy(logits, targets, reduction="sum") / 100)
 
 
 @over_families
@@ -69,7 +70,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, use_reentran
     checkpointed = gradients(model, **batch)
     assert model.model.layers[0].gradient_checkpointing
     for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+        assert_near(checkpointed[name], gradient, name)
 
 
 @over_families
@@ -82,7 +83,7 @@ def test_backends_have_the_same_gradients(family: Family) -> None:
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     eager, sdpa = (gradients(family.model(attn_implementation=name), **batch) for name in ("eager", "sdpa"))
     for name, gradient in eager.items():
-        torch.testing.assert_close(sdpa[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+        assert_near(sdpa[name], gradient, name)
 
 
 @over_families
@@ -115,12 +116,12 @@ def test_hidden_states_attentions_and_tuples(family: Family) -> None:
     outputs = model(ids, output_hidden_states=True, output_attentions=True)
     assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 9, 64)] * 4
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 9, 9)] * 3
-    torch.testing.assert_close(torch.stack(outputs.attentions).sum(-1), torch.ones(3, 2, 4, 9))
+    assert_near(torch.stack(outputs.attentions).sum(-1), torch.ones(3, 2, 4, 9))
     plain = model(ids, use_cache=False, return_dict=False)
     assert isinstance(plain, tuple)
-    assert torch.equal(plain[0], outputs.logits)
+    assert_near(plain[0], outputs.logits)
     model.config.return_dict = False
-    assert torch.equal(model(ids, use_cache=False)[0], outputs.logits)
+    assert_near(model(ids, use_cache=False)[0], outputs.logits)
     assert isinstance(model.model(ids), tuple)
 
 
@@ -167,7 +168,7 @@ def test_classification_reads_the_last_real_token(family: Family, side: str, tol
         body = model.model(ids, attention_mask=mask.long(), position_ids=positions).last_hidden_state
         batch = model.score(body[torch.arange(2), last_tokens(model.config.pad_token_id, body, ids, None)])
     alone = torch.cat([model(row).logits for row in rows])
-    torch.testing.assert_close(batch, alone, atol=1e-4, rtol=1e-4)
+    assert_near(batch, alone)
 
 
 @over_families
@@ -177,9 +178,9 @@ def test_classification_without_a_pad_token_reads_the_last_token(family: Family)
     ids = tokens(2, 6)
     expected = model(ids).logits
     model.config.pad_token_id = None
-    torch.testing.assert_close(model(ids).logits, expected)
+    assert_near(model(ids).logits, expected)
     embeds = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
+    assert_near(model(inputs_embeds=embeds).logits, expected)
 
 
 @over_families
@@ -198,7 +199,7 @@ def test_classification_losses(family: Family, problem: str, labels: torch.Tenso
         "multi_label_classification": F.binary_cross_entropy_with_logits,
         "regression": F.mse_loss,
     }
-    torch.testing.assert_close(outputs.loss, losses[problem](outputs.logits, labels))
+    assert_near(outputs.loss, losses[problem](outputs.logits, labels))
 
 
 @over_families
@@ -238,4 +239,4 @@ def test_norms_can_be_replaced_by_what_they_publish(family: Family) -> None:
     assert len(norms) == 2 * model.config.num_hidden_layers + 1
     for norm in norms:
         norm.forward = types.MethodType(normed, norm)
-    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert_near(model(ids).logits, expected)

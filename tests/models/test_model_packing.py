@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
 from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.rounding import assert_near
 
 LENGTHS = [7, 40, 1, 12]  # one of them beyond the tiny models' trained length of 32
 STARTS = [0, 7, 47, 48, 60]
@@ -53,7 +54,7 @@ def descriptions() -> list[Any]:
 def test_packed_is_separate(family: Family, backend: str, description: dict[str, Any]) -> None:
     model = family.model(attn_implementation=backend)
     ids, _, rows = packed()
-    torch.testing.assert_close(model(ids, **description).logits, separate(model, rows), atol=1e-4, rtol=1e-4)
+    assert_near(model(ids, **description).logits, separate(model, rows))
 
 
 @over_families
@@ -63,7 +64,7 @@ def test_dynamic_scaling_takes_each_sequences_own_length(family: Family, backend
     model = family.model("dynamic", attn_implementation=backend)
     ids, positions, rows = packed()
     logits = model(ids, position_ids=positions).logits
-    torch.testing.assert_close(logits, separate(model, rows), atol=1e-4, rtol=1e-4)
+    assert_near(logits, separate(model, rows))
 
 
 @over_families
@@ -74,8 +75,8 @@ def test_rows_are_packed_differently(family: Family, backend: str) -> None:
     ids = torch.cat((tokens(1, 40, seed=1), tokens(1, 40, seed=2)))
     positions = torch.stack((torch.cat((torch.arange(33), torch.arange(7))), torch.arange(40)))
     logits = model(ids, position_ids=positions).logits
-    torch.testing.assert_close(logits[:1], separate(model, [ids[:1, :33], ids[:1, 33:]]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits[1:], model(ids[1:]).logits, atol=1e-4, rtol=1e-4)
+    assert_near(logits[:1], separate(model, [ids[:1, :33], ids[:1, 33:]]))
+    assert_near(logits[1:], model(ids[1:]).logits)
 
 
 @over_families
@@ -87,7 +88,7 @@ def test_padding_free_loss_is_the_padded_loss(family: Family) -> None:
     ids = torch.tensor([F.pad(torch.tensor(row), (0, width - len(row))).tolist() for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     padded = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-    torch.testing.assert_close(model(**flat).loss, padded, atol=1e-5, rtol=1e-5)
+    assert_near(model(**flat).loss, padded)
 
 
 @over_families

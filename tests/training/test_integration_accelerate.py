@@ -12,6 +12,7 @@ from accelerate.utils import infer_auto_device_map
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.rounding import assert_near, decided
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -22,10 +23,11 @@ def folder(family: Family, path: Path) -> Path:
 
 
 def same_answers(model: Any, expected: Any) -> None:
-    ids, settings = tokens(2, 40), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    """Not the same bits: kernels start elsewhere where weights are aligned otherwise in memory."""
+    ids, settings = tokens(2, 40), {"max_new_tokens": 5, "min_new_tokens": 5}
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, expected(ids).logits)
-    assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))
+        assert_near(model(ids).logits, expected(ids).logits)
+    assert torch.equal(model.generate(ids, do_sample=False, **settings), decided(expected, ids, **settings))
 
 
 @over_families
