@@ -139,6 +139,16 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
     if versions:
         add("--version", type=int, choices=(1, 2), help="where the MLP is square: 1 = up is w2, 2 = up is w3")
     add(
+        "--config",
+        type=Path,
+        help="where training ran on a Hugging Face class: its config.json, or a folder with one",
+    )
+    add(
+        "--norm_head",
+        choices=("normalized", "raw"),
+        help="where norm_head is set: how training used the output weight (InternEvo 0.5.1 and 0.5.2: raw)",
+    )
+    add(
         "--chat",
         action="store_true",
         help="declare the chat tokens, the chat template and the end-of-turn token",
@@ -200,6 +210,8 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
             max_position_embeddings=arguments.max_pos,
             dynamic_factor=arguments.scaling_factor if arguments.rotary_type == "dynamic" else None,
             version=getattr(arguments, "version", None),
+            config=arguments.config,
+            norm_head=arguments.norm_head,
             chat=arguments.chat,
             force=arguments.force,
             verify=arguments.verify,

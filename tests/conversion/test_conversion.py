@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from tests.support.checkpoints import Shape, build
+from tests.support.checkpoints import SHAPES, Shape, build
 from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
 
@@ -145,6 +146,8 @@ def test_convert_of_revert_changes_nothing(family: str, tp: int, tokenizer: Path
         assert_same(weights(here / "again"), full)
 
 
+SIZES_OF_ISP = [(1, 1), (1, 4), (2, 2), (2, 4), (4, 2), (4, 1)]
+DIVISIBLE_BY_THREE = Shape(hidden=48, layers=2, heads=6, kv_heads=6, intermediate=768)
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     *[(family, {"tp": 2, "pp": 2}) for family in FAMILIES],
     *[(family, {"tp": 2, "pp": 3}) for family in FAMILIES],
@@ -155,6 +158,21 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("internlm2", {"tp": 2, "fused": False, "bias": True}),
     ("internlm2", {"tp": 2, "fused": False, "interleaved": True}),
     ("internlm2", {"omit": ("adapt_hf", "norm_head", "layer_norm_epsilon", "no_bias", "embed_split_hidden")}),
+    *[(family, {"tp": tp, "wp": wp, "bias": True}) for family in FAMILIES for tp, wp in SIZES_OF_ISP],
+    *[(family, {"tp": 2, "wp": 3, "shape": DIVISIBLE_BY_THREE}) for family in FAMILIES],
+    *[(family, {"tp": 4, "wp": 2, "pp": 2, "chunks": 2}) for family in FAMILIES],
+    *[(family, {"wp": wp, "fused_mlp": True}) for family in FAMILIES for wp in (1, 2, 4)],
+    *[(family, {"wp": 8, "isp_2025": True, "bias": True, "interleaved": True, "pp": 3}) for family in FAMILIES],
+    *[(family, {"wp": 4, "isp_2025": True, "embedding": "unnamed vocabulary"}) for family in FAMILIES],
+    *[(family, {"wp": 16, "interleaved": True, "bias": True}) for family in FAMILIES],
+    *[(family, {"pp": 2, "chunks": 2, "v_shaped": True}) for family in FAMILIES],
+    *[
+        (family, {"pp": 2, "chunks": 2, "v_shaped": True, "shape": replace(SHAPES[family], layers=6)})
+        for family in FAMILIES
+    ],
+    ("internlm", {"tp": 2, "wp": 4, "mlp_version": 1}),
+    ("internlm", {"tp": 2, "wp": 4, "llama_like": True}),
+    ("internlm2", {"tp": 2, "wp": 4, "fused": False, "interleaved": True, "bias": True}),
     ("internlm", {"tp": 2, "mlp_version": 1}),
     ("internlm", {"tp": 2, "llama_like": True, "mlp_version": 1}),
     ("internlm", {"tp": 2, "llama_like": True, "mlp_version": 2}),
@@ -177,6 +195,74 @@ def test_a_normalised_head_is_written_normalised(tokenizer: Path, tmp_path: Path
     one_unit = torch.finfo(torch.bfloat16).eps  # two sums of squares may round to neighbours
     torch.testing.assert_close(found["output.weight"], full["output.weight"].bfloat16(), atol=0, rtol=one_unit)
     assert torch.equal(found["model.tok_embeddings.weight"], full["model.tok_embeddings.weight"])
+
+
+def test_a_normalised_head_that_training_used_raw(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InternEvo 0.5.1 and 0.5.2 compute the normalised weight, and then use the raw one."""
+    build(tmp_path / "a", "internlm2", tp=2, norm_head=True)
+    convert("internlm2", tmp_path / "a", tmp_path / "normalized", tokenizer, "--dtype", "float32")
+    assert "--norm_head raw" in capsys.readouterr().err
+    convert(
+        "internlm2", tmp_path / "a", tmp_path / "said", tokenizer, "--dtype", "float32", "--norm_head", "normalized"
+    )
+    assert "norm_head" not in capsys.readouterr().err
+    assert_same(weights(tmp_path / "said"), weights(tmp_path / "normalized"))
+    convert("internlm2", tmp_path / "a", tmp_path / "raw", tokenizer, "--dtype", "float32", "--norm_head", "raw")
+    raw = torch.cat([shard["output.weight"] for shard in shards(tmp_path / "a").values()])
+    assert torch.equal(weights(tmp_path / "raw")["output.weight"], raw)
+    build(tmp_path / "plain", "internlm2")
+    refused = refusal("internlm2", tmp_path / "plain", tokenizer, capsys, "--norm_head", "raw")
+    assert "does not set norm_head" in refused
+
+
+def refusal(family: str, source: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    """The sentence with which the conversion is refused; nothing is written."""
+    target = source.parent / "refused"
+    parser = convert_parser("convert", family, 1.0, versions=family == "internlm")
+    words = ["--src", str(source), "--tgt", str(target), "--tokenizer", str(tokenizer), *more]
+    assert run_convert(family, parser.parse_args(words)) == 1
+    assert not target.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choices", [{}, {"wp": 2}, {"wp": 4, "isp_2025": True}], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_on_the_hugging_face_class_comes_back(
+    family: str,
+    bias: bool,
+    choices: dict[str, Any],
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its settings are those of the class, whatever the training configuration says: they are asked for."""
+    wrong = {"layer_norm_epsilon": 1e-3, "num_attention_heads": 8, "rope_base": 5}
+    full = build(tmp_path / "a", family, hf_class=True, bias=bias, config=wrong, **choices)
+    assert "--config" in refusal(family, tmp_path / "a", tokenizer, capsys)
+    build(tmp_path / "native", family, bias=bias)
+    convert(family, tmp_path / "native", tmp_path / "class", tokenizer)
+    config = tmp_path / "class" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 3e-6}))
+    for number, given in enumerate((config, config.parent)):
+        target = tmp_path / f"hf{number}"
+        convert(family, tmp_path / "a", target, tokenizer, "--dtype", "float32", "--config", str(given), "--verify")
+        assert_same(weights(target), full)
+        written = json.loads((target / "config.json").read_text())
+        assert (written["rms_norm_eps"], written["num_attention_heads"], written["bias"]) == (3e-6, 4, bias)
+        assert written["rope_theta"] == 10000
+    assert "Leave --config out" in refusal(family, tmp_path / "native", tokenizer, capsys, "--config", str(config))
+
+
+@pytest.mark.parametrize("choices", [{}, {"wp": 4}, {"fused": False}], ids=str)
+def test_key_value_heads_are_those_of_the_weights(choices: dict[str, Any], tokenizer: Path, tmp_path: Path) -> None:
+    """Where model_config.pt does not say how many there are."""
+    full = build(tmp_path / "a", "internlm2", omit=("num_kv_attention_heads",), **choices)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_key_value_heads"] == 2
+    assert_same(weights(tmp_path / "hf"), full)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -50,6 +50,16 @@ class Recipe:
     tp: int = 1
     pp: int = 1
     chunks: int = 1
+    wp: int | None = None
+    """Weight-parallel size of an isp run; None: another mode."""
+    isp_2025: bool = False
+    """Files that name weight ranks only, over which the embedding and the head are cut too."""
+    fused_mlp: bool = False
+    """mlp_layer_fusion: gate and up are one weight in training."""
+    v_shaped: bool = False
+    """Pipeline mode ZBV, of 2 chunks: chunk 1 goes back from the last stage to the first."""
+    hf_class: bool = False
+    """Training ran on the Hugging Face class, so shards have its names."""
     dtype: torch.dtype = torch.float32
     bias: bool = False
     embedding: str = "hidden"
@@ -86,13 +96,34 @@ def build(folder: Path, family: str, **choices: Any) -> Tensors:
     recipe = Recipe(family, **choices)
     model = _Model(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    for tp_rank in range(recipe.tp):
-        for pp_rank in range(recipe.pp):
-            state = OrderedDict(_shard(model, tp_rank, pp_rank))
-            state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]  # as state_dict() has it
-            torch.save(state, folder / f"model_tp{tp_rank}_pp{pp_rank}.pt")
+    for ranks in _files(recipe):
+        state = OrderedDict(_shard(model, ranks))
+        state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]  # as state_dict() has it
+        torch.save(state, folder / ranks.file)
     save_model_config(folder / "model_config.pt", model_config(recipe))
     return _hf_tensors(model)
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """A file's ranks; `outer` = (rank, size) of the group over which the embedding and the head are cut."""
+
+    file: str
+    tp: int
+    wp: int
+    pp: int
+    outer: tuple[int, int]
+
+
+def _files(recipe: Recipe) -> list[_Ranks]:
+    """Every file of the checkpoint: isp saves ranks r of a stage, r < max(tp, wp), as (r mod tp, r mod wp)."""
+    tp, wp, stages = recipe.tp, recipe.wp, range(recipe.pp)
+    if wp is None:
+        return [_Ranks(f"model_tp{t}_pp{p}.pt", t, 0, p, (t, tp)) for p in stages for t in range(tp)]
+    if recipe.isp_2025:
+        return [_Ranks(f"model_wp{w}_pp{p}.pt", 0, w, p, (w, wp)) for p in stages for w in range(wp)]
+    pairs = [(r % tp, r % wp) for r in range(max(tp, wp))]
+    return [_Ranks(f"model_tp{t}_wp{w}_pp{p}.pt", t, w, p, (t, tp)) for p in stages for t, w in pairs]
 
 
 class _Model:
@@ -186,29 +217,47 @@ def _internlm2_layer(layer: Tensors, shape: Shape) -> Iterator[tuple[str, torch.
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def _shard(model: _Model, tp_rank: int, pp_rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _shard(model: _Model, ranks: _Ranks) -> Iterator[tuple[str, torch.Tensor]]:
     """The names and tensors of one file. Each is a copy of its own: a slice would be saved with all of its storage."""
     recipe = model.recipe
     for chunk in range(recipe.chunks):
         prefix = f"{chunk}.model." if recipe.chunks > 1 else recipe.prefix
-        for name, tensor in _chunk(model, tp_rank, pp_rank, chunk):
+        for name, tensor in _chunk(model, ranks, chunk):
             yield prefix + name, tensor.clone()
 
 
-def _chunk(model: _Model, tp_rank: int, pp_rank: int, chunk: int) -> Iterator[tuple[str, torch.Tensor]]:
-    recipe = model.recipe
+def _chunk(model: _Model, ranks: _Ranks, chunk: int) -> Iterator[tuple[str, torch.Tensor]]:
+    recipe, (rank, size) = model.recipe, ranks.outer
     native = recipe.family == "internlm" and not recipe.llama_like
-    if (chunk, pp_rank) == (0, 0):
+    if recipe.hf_class:
+        yield from _hf_class_tensors(model, ranks)
+        return
+    if (chunk, ranks.pp) == (0, 0):
         stem = "embedding" if native else "tok_embeddings"
         middle = ".word_embeddings" if recipe.embedding == "vocabulary" else ""
         dim = 1 if recipe.embedding == "hidden" else 0
-        yield f"{stem}{middle}.weight", model.embedding.chunk(recipe.tp, dim)[tp_rank]
-    for local, layer in enumerate(_layers_of(recipe, pp_rank, chunk)):
-        for name, tensor in _rank_layer(recipe, model.layers[layer], tp_rank):
+        yield f"{stem}{middle}.weight", model.embedding.chunk(size, dim)[rank]
+    for local, layer in enumerate(_layers_of(recipe, ranks.pp, chunk)):
+        for name, tensor in _rank_layer(recipe, model.layers[layer], ranks):
             yield f"{recipe.stem}.{local}.{name}", tensor
-    if (chunk, pp_rank) == (recipe.chunks - 1, recipe.pp - 1):
+    last_stage = 0 if recipe.v_shaped else recipe.pp - 1
+    if (chunk, ranks.pp) == (recipe.chunks - 1, last_stage):
         yield "norm.weight", model.norm
-        yield f"{'head' if native else 'output'}.weight", model.head.chunk(recipe.tp, 0)[tp_rank]
+        yield f"{'head' if native else 'output'}.weight", model.head.chunk(size, 0)[rank]
+
+
+def _hf_class_tensors(model: _Model, ranks: _Ranks) -> Iterator[tuple[str, torch.Tensor]]:
+    """What training on the Hugging Face class saves; cut over weight ranks where its linear layers were replaced."""
+    recipe, (rank, size) = model.recipe, ranks.outer
+    for name, tensor in _hf_tensors(model).items():
+        if "norm" in name:
+            yield name, tensor
+        elif "embed" in name:
+            yield name, tensor.chunk(size, 1)[rank]
+        elif name in ("lm_head.weight", "output.weight"):
+            yield name, tensor.chunk(size, 0)[rank]
+        else:
+            yield name, tensor.chunk(recipe.wp or 1, 0)[ranks.wp]
 
 
 def _layers_of(recipe: Recipe, pp_rank: int, chunk: int) -> range:
@@ -219,13 +268,17 @@ def _layers_of(recipe: Recipe, pp_rank: int, chunk: int) -> range:
     per_chunk = recipe.shape.layers // recipe.chunks
     size, over = divmod(per_chunk, recipe.pp)
     sizes = [size + (stage >= recipe.pp - over) for stage in range(recipe.pp)]
-    start = chunk * per_chunk + sum(sizes[:pp_rank])
-    return range(start, start + sizes[pp_rank])
+    place = recipe.pp - 1 - pp_rank if recipe.v_shaped and chunk == 1 else pp_rank
+    start = chunk * per_chunk + sum(sizes[:place])
+    return range(start, start + sizes[place])
 
 
-def _rank_layer(recipe: Recipe, layer: Tensors, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _rank_layer(recipe: Recipe, layer: Tensors, ranks: _Ranks) -> Iterator[tuple[str, torch.Tensor]]:
+    isp, wp = recipe.wp is not None, recipe.wp or 1
+
     def part(role: str, dim: int = 0) -> torch.Tensor:
-        return layer[role].chunk(recipe.tp, dim)[rank]
+        """A rank's part; isp cuts the rows of every weight over the weight ranks."""
+        return layer[role].chunk(wp, 0)[ranks.wp] if isp else layer[role].chunk(recipe.tp, dim)[ranks.tp]
 
     native = recipe.family == "internlm" and not recipe.llama_like
     attention, mlp = ("mixer", "mlp") if native else ("attention", "feed_forward")
@@ -234,16 +287,19 @@ def _rank_layer(recipe: Recipe, layer: Tensors, rank: int) -> Iterator[tuple[str
     if recipe.inv_freq:
         yield f"{attention}.rotary_emb.inv_freq", 1e4 ** -torch.linspace(0, 1, recipe.shape.head_dim // 2)
     for kind, suffix in (("weight", ""), *([("bias", "_bias")] if recipe.bias else [])):
-        q, k, v = (part(f"{x}{suffix}") for x in "qkv")
+        q, k, v = (layer[f"{x}{suffix}"] if isp else part(f"{x}{suffix}") for x in "qkv")
         if recipe.interleaved:
             q, k = _interleaved(q, recipe.shape), _interleaved(k, recipe.shape)
         for name, tensor in _attention_inputs(recipe, q, k, v):
-            yield f"{attention}.{name}.{kind}", tensor
+            yield f"{attention}.{name}.{kind}", tensor.chunk(wp, 0)[ranks.wp]
     yield f"{attention}.{out}.weight", part("o", 1)
-    if recipe.bias and rank == 0:
-        yield f"{attention}.{out}.bias", layer["o_bias"]
-    yield f"{mlp}.w1.weight", part("gate")
-    yield f"{mlp}.{up}.weight", part("up")
+    if recipe.bias and (isp or ranks.tp == 0):
+        yield f"{attention}.{out}.bias", part("o_bias") if isp else layer["o_bias"]
+    gate_part, up_part = part("gate"), part("up")
+    if recipe.fused_mlp and isp:  # the halves of a chunk of both, whatever is in them
+        gate_part, up_part = torch.cat([layer["gate"], layer["up"]]).chunk(wp, 0)[ranks.wp].chunk(2, 0)
+    yield f"{mlp}.w1.weight", gate_part
+    yield f"{mlp}.{up}.weight", up_part
     yield f"{mlp}.{down}.weight", part("down", 1)
     norms = ("norm1", "norm2") if native else ("attention_norm", "ffn_norm")
     yield f"{norms[0]}.weight", layer["attention_norm"]
@@ -290,6 +346,8 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
         }
     elif recipe.interleaved:
         config["qk_interleaved"] = True
+    if recipe.fused_mlp:
+        config["mlp_layer_fusion"] = True
     config |= recipe.config
     return {key: value for key, value in config.items() if key not in recipe.omit}
 

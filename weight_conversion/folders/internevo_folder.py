@@ -33,10 +33,11 @@ HEADS = ("norm.weight", "head.weight", "output.weight", "lm_head.weight")
 class TrainingCheckpoint:
     """An InternEvo checkpoint: its settings and, by name, each tensor of every member of the grid (None: absent).
 
-    `wraps_hf_model`: its tensors have the names of a Hugging Face model, on which the training ran.
+    `config` are the settings, and `config_file` says where they are from.
     """
 
     folder: Path
+    config_file: Path
     shards: tuple[Path, ...]
     grid: Grid
     numbering: Numbering
@@ -50,6 +51,23 @@ class TrainingCheckpoint:
     def first(self, name: str) -> StoredTensor | None:
         """The tensor of the first member that has it."""
         return next((tensor for tensor in self.tensors.get(name, []) if tensor is not None), None)
+
+    @property
+    def is_of_hf_class(self) -> bool:
+        """Whether training ran on a Hugging Face class: of such a model the layers are in `model.`, the head is not.
+
+        The framework's own wrapper, where a name has it, holds all of the model.
+        """
+        heads = (self.first(name) for name in HEADS[1:])
+        layers = (self.first(name) for name in self.tensors if name.startswith("layers.0."))
+        return any(head is not None and not _is_prefixed(head) for head in heads) and any(
+            layer is not None and _is_prefixed(layer) for layer in layers
+        )
+
+
+def _is_prefixed(tensor: StoredTensor) -> bool:
+    name = parsed(tensor.name)
+    return name is not None and name.prefixed
 
 
 def read_checkpoint(folder: Path) -> TrainingCheckpoint:
@@ -75,7 +93,7 @@ def read_checkpoint(folder: Path) -> TrainingCheckpoint:
                     f"holds too ({twin.name!r}). Shards of different runs seem to be mixed in {folder}."
                 )
             members[shard.member] = tensor
-    return TrainingCheckpoint(folder, tuple(files.values()), grid, numbering, config, tensors)
+    return TrainingCheckpoint(folder, config_file, tuple(files.values()), grid, numbering, config, tensors)
 
 
 @dataclass(frozen=True)

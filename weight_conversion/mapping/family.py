@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConversionError, shown
 from ..folders.grid import FileNames, Group
-from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint
+from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.tokenizer_files import TokenizerSpec
 from .rules import (
     AttentionHeads,
@@ -70,22 +70,34 @@ def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout)
 
     Defaults are those of the training framework for keys that its configuration leaves out.
     """
-    config, where = checkpoint.config, checkpoint.folder / MODEL_CONFIG
+    config, where = checkpoint.config, checkpoint.config_file
     if config.get("num_layers", checkpoint.num_layers) != checkpoint.num_layers:
         raise ConversionError(
             f"{where} says num_layers = {config['num_layers']}, but the shards in {checkpoint.folder} hold "
             f"{checkpoint.num_layers} layers. Shards are missing, or of another run."
         )
     heads = positive_integer(config, "num_attention_heads", where)
+    hidden_size = positive_integer(config, "hidden_size", where)
+    kv_heads = _kv_heads_found(checkpoint, table, layout, heads, hidden_size)
     shape = ModelShape(
-        hidden_size=positive_integer(config, "hidden_size", where),
+        hidden_size=hidden_size,
         intermediate_size=_size_found("intermediate_size", checkpoint, table, layout),
         vocab_size=_size_found("vocab_size", checkpoint, table, layout),
         num_layers=checkpoint.num_layers,
         num_heads=heads,
-        num_kv_heads=positive_integer(config, "num_kv_attention_heads", where, heads),
+        num_kv_heads=positive_integer(config, "num_kv_attention_heads", where, kv_heads),
     )
     return checked_shape(shape, where)
+
+
+def _kv_heads_found(checkpoint: TrainingCheckpoint, table: Table, layout: Layout, heads: int, hidden_size: int) -> int:
+    """The key/value heads that the rows of q, k and v leave; as many as heads where that is no whole number."""
+    row = next(row for row in table.rows_for(layout) if isinstance(row.rule, AttentionHeads | AttentionRows))
+    first = [checkpoint.first(name.replace(LAYER, "0")) for name in row.training]
+    rows = sum(tensor.shape[0] for tensor in first if tensor is not None and tensor.shape)
+    kv_rows = (rows * checkpoint.grid.size(row.rule.over) - hidden_size) * heads
+    found, rest = divmod(kv_rows, 2 * hidden_size)
+    return found if rest == 0 and found > 0 else heads
 
 
 def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> int:
@@ -101,7 +113,7 @@ def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout:
         found = tensor.shape[dim] * (checkpoint.grid.size(row.rule.over) if dim == row.rule.dim else 1)
         if checkpoint.config.get(size, found) != found:
             raise ConversionError(
-                f"{checkpoint.folder / MODEL_CONFIG} says {size} = {checkpoint.config[size]}, but tensor "
+                f"{checkpoint.config_file} says {size} = {checkpoint.config[size]}, but tensor "
                 f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}. "
                 "Shards are missing, or the file belongs to another checkpoint."
             )
@@ -328,7 +340,7 @@ def order_found(checkpoint: TrainingCheckpoint) -> str:
     interleaved, adapt_hf = checkpoint.config.get("qk_interleaved"), checkpoint.config.get("adapt_hf")
     if interleaved is not None and adapt_hf is not None and bool(interleaved) == bool(adapt_hf):
         raise ConversionError(
-            f"{checkpoint.folder / MODEL_CONFIG} says qk_interleaved = {interleaved} and adapt_hf = {adapt_hf}, "
+            f"{checkpoint.config_file} says qk_interleaved = {interleaved} and adapt_hf = {adapt_hf}, "
             "which contradict each other."
         )
     if interleaved is None:

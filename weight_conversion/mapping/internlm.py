@@ -2,12 +2,13 @@
 
 Two generations of MLP names (the tensors are the same): version 1, before February 2024, calls the up projection w2
 and the down projection w3; version 2 calls up w3 and down w2. Llama-like names (`layers.*`, wq wk wv, no biases) are
-what an older reverting script wrote.
+what an older reverting script wrote. Training on the Hugging Face class saves that class's own names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConversionError
@@ -33,7 +34,7 @@ from .family import (
 from .rules import ModelShape, Separate, Stacked
 from .table import Layout, Row, Table
 
-NATIVE, LLAMA_LIKE = "native names", "Llama-like names"
+NATIVE, LLAMA_LIKE, HF_NAMES = "native names", "Llama-like names", "Hugging Face names"
 VERSION_1, VERSION_2 = "up is w2, down is w3", "up is w3, down is w2"
 
 HF_LAYER = "model.layers.{layer}"
@@ -42,7 +43,13 @@ BLOCK, LAYER = "blocks.{layer}", "layers.{layer}"
 ONE = (Stacked(), [f"{BLOCK}.mixer.Wqkv"])
 THREE = (Separate(), [f"{LAYER}.attention.w{x}" for x in "qkv"])
 O_PROJ, O_DIMS = f"{HF_LAYER}.self_attn.o_proj", "hidden_size q_rows"
+OWN_THREE = (Separate(), [f"{LAYER}.self_attn.{x}_proj" for x in "qkv"])
 INPUT_NORM, POST_ATTENTION_NORM = f"{HF_LAYER}.input_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight"
+
+
+def _own(name: str) -> tuple[str, str]:
+    """A tensor of a layer under its Hugging Face name, which a shard has too."""
+    return f"{LAYER}.{name}", f"{HF_LAYER}.{name}"
 
 
 def _mlp_rows(stem: str, names: str) -> list[Row]:
@@ -63,36 +70,65 @@ TABLE = Table(
     rows=(
         *embedding_rows("embedding", "model.embed_tokens.weight", NATIVE),
         *embedding_rows("tok_embeddings", "model.embed_tokens.weight", LLAMA_LIKE),
+        *embedding_rows("embed_tokens", "model.embed_tokens.weight", HF_NAMES),
         *attention_rows(ONE, HF_THREE, "weight", NATIVE),
         *attention_rows(ONE, HF_THREE, "bias", NATIVE, BIAS),
         *attention_rows(THREE, HF_THREE, "weight", LLAMA_LIKE),
+        *attention_rows(OWN_THREE, HF_THREE, "weight", HF_NAMES),
+        *attention_rows(OWN_THREE, HF_THREE, "bias", HF_NAMES, BIAS),
         *linear_rows((f"{BLOCK}.mixer.out_proj.weight", f"{O_PROJ}.weight"), O_DIMS, 1, NATIVE),
         *output_bias_rows((f"{BLOCK}.mixer.out_proj.bias", f"{O_PROJ}.bias"), NATIVE),
         *linear_rows((f"{LAYER}.attention.wo.weight", f"{O_PROJ}.weight"), O_DIMS, 1, LLAMA_LIKE),
+        *linear_rows(_own("self_attn.o_proj.weight"), O_DIMS, 1, HF_NAMES),
+        *output_bias_rows(_own("self_attn.o_proj.bias"), HF_NAMES),
         *_mlp_rows(f"{BLOCK}.mlp", NATIVE),
         *_mlp_rows(f"{LAYER}.feed_forward", LLAMA_LIKE),
+        *gate_up_rows(_own("mlp.gate_proj.weight"), _own("mlp.up_proj.weight"), HF_NAMES),
+        *linear_rows(_own("mlp.down_proj.weight"), NARROW, 1, HF_NAMES),
         norm_row((f"{BLOCK}.norm1.weight", INPUT_NORM), NATIVE),
         norm_row((f"{LAYER}.attention_norm.weight", INPUT_NORM), LLAMA_LIKE),
         norm_row((f"{BLOCK}.norm2.weight", POST_ATTENTION_NORM), NATIVE),
         norm_row((f"{LAYER}.ffn_norm.weight", POST_ATTENTION_NORM), LLAMA_LIKE),
+        norm_row(_own("input_layernorm.weight"), HF_NAMES),
+        norm_row(_own("post_attention_layernorm.weight"), HF_NAMES),
         norm_row(("norm.weight", "model.norm.weight")),
         *head_rows(("head.weight", "lm_head.weight"), NATIVE),
         *head_rows(("output.weight", "lm_head.weight"), LLAMA_LIKE),
+        *head_rows(("lm_head.weight", "lm_head.weight"), HF_NAMES),
     ),
-    choices=((NATIVE, LLAMA_LIKE), (VERSION_1, VERSION_2), *COMMON_CHOICES),
+    choices=((NATIVE, LLAMA_LIKE, HF_NAMES), (VERSION_1, VERSION_2), *COMMON_CHOICES),
     ignored=RECOMPUTED,
 )
 # fmt: on
 
 
+@dataclass(frozen=True)
+class _Names:
+    """A generation of names: the stems of its embedding and of the first MLP, and what may have biases."""
+
+    choice: str
+    embedding: str
+    mlp: str
+    biased: tuple[str, ...] = ()
+
+
+KNOWN_NAMES = (
+    _Names(HF_NAMES, "embed_tokens", "layers.0.mlp", ("layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj")),
+    _Names(LLAMA_LIKE, "tok_embeddings", "layers.0.feed_forward"),
+    _Names(NATIVE, "embedding", "blocks.0.mlp", ("blocks.0.mixer.Wqkv", "blocks.0.mixer.out_proj")),
+)
+
+
 def _layout_found(checkpoint: TrainingCheckpoint, version: int | None) -> Layout:
-    llama_like = any(name.startswith("layers.0.") for name in checkpoint.tensors)
-    mlp = "layers.0.feed_forward" if llama_like else "blocks.0.mlp"
-    bias = any(f"blocks.0.mixer.{w}.bias" in checkpoint.tensors for w in ("Wqkv", "out_proj"))
-    embedding = "tok_embeddings" if llama_like else "embedding"
-    return choices_found(checkpoint, embedding, bias=bias) | {
-        LLAMA_LIKE if llama_like else NATIVE,
-        VERSION_1 if _mlp_version(checkpoint, mlp, version) == 1 else VERSION_2,
+    def holds(names: _Names) -> bool:
+        return any(tensor.startswith(f"{names.mlp}.") for tensor in checkpoint.tensors)
+
+    names = next(filter(holds, KNOWN_NAMES), KNOWN_NAMES[-1])
+    bias = any(f"{stem}.bias" in checkpoint.tensors for stem in names.biased)
+    found = 2 if names.choice == HF_NAMES else _mlp_version(checkpoint, names.mlp, version)
+    return choices_found(checkpoint, names.embedding, bias=bias) | {
+        names.choice,
+        VERSION_1 if found == 1 else VERSION_2,
     }
 
 

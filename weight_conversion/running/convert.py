@@ -21,11 +21,13 @@ from ..folders.hf_folder import (
     code_files,
     copy_code,
     plan_weights,
+    read_json,
     write_index,
     write_json,
 )
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
 from ..mapping.family import Family, Rope, positive_number, training_shape
+from ..mapping.hf_settings import training_settings
 from ..mapping.matching import Match, Parts, match_training
 from ..mapping.rules import ModelShape
 from ..mapping.table import Entry, Layout
@@ -37,10 +39,15 @@ DEFAULT_NORM_EPSILON = 1e-5
 DEFAULT_ROPE_BASE = 10000
 """What the training framework takes where its configuration says nothing."""
 
+NORMALIZED, RAW = "normalized", "raw"
+
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What the user asked for; `dynamic_factor` is None without dynamic NTK scaling."""
+    """What the user asked for; `dynamic_factor` is None without dynamic NTK scaling.
+
+    `config` is the configuration of the Hugging Face class that training ran on, `norm_head` is NORMALIZED or RAW.
+    """
 
     source: Path
     target: Path
@@ -50,6 +57,8 @@ class ConvertRequest:
     max_position_embeddings: int
     dynamic_factor: float | None
     version: int | None = None
+    config: Path | None = None
+    norm_head: str | None = None
     chat: bool = False
     force: bool = False
     verify: bool = False
@@ -63,21 +72,18 @@ class _Source:
     layout: Layout
     shape: ModelShape
     parts: Sequence[tuple[Entry, list[Parts]]]
+    normalizes_head: bool
 
     @property
     def has_bias(self) -> bool:
         return any(name.endswith(".bias") for entry, _ in self.parts for name in entry.hf)
-
-    @property
-    def normalizes_head(self) -> bool:
-        return bool(self.checkpoint.config.get("norm_head", False))
 
 
 def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
     publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
     modules = code_files(family.code, family.model_type)
-    source = _understand(family, request)
+    source = _understand(family, request, reporter)
     tokenizer = _checked_tokenizer(family, request, source.shape)
     if request.verify:
         verify_files(source.checkpoint)
@@ -103,14 +109,47 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     )
 
 
-def _understand(family: Family, request: ConvertRequest) -> _Source:
-    checkpoint = read_checkpoint(request.source)
+def _understand(family: Family, request: ConvertRequest, reporter: Reporter) -> _Source:
+    checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
     experts = [name for name in checkpoint.tensors if "moe" in name or "expert" in name]
     if experts:
         raise ConversionError(f"{request.source} is a mixture of experts (MoE, tensor {experts[0]!r}): not supported.")
     layout = family.layout_found(checkpoint, request.version)
     shape = training_shape(checkpoint, family.table, layout)
-    return _Source(checkpoint, layout, shape, match_training(checkpoint, family.table, layout, shape))
+    parts = match_training(checkpoint, family.table, layout, shape)
+    return _Source(checkpoint, layout, shape, parts, _normalizes_head(checkpoint, request))
+
+
+def _with_true_settings(
+    checkpoint: TrainingCheckpoint, request: ConvertRequest, reporter: Reporter
+) -> TrainingCheckpoint:
+    """Of training on a Hugging Face class, whose settings model_config.pt does not hold, those of `request.config`."""
+    if checkpoint.is_of_hf_class and request.config is None:
+        raise ConversionError(
+            f"{checkpoint.folder} was saved by training on a Hugging Face class, whose heads, epsilon and rotary base "
+            f"{MODEL_CONFIG} does not hold. Pass --config with the config.json of the class as it was trained; a class "
+            "that was built without arguments had its defaults, which its save_pretrained writes."
+        )
+    if request.config is None:
+        return checkpoint
+    if not checkpoint.is_of_hf_class:
+        raise ConversionError(
+            f"--config {request.config}: {checkpoint.folder} is of the framework's own model, whose settings are in "
+            f"{MODEL_CONFIG}. Leave --config out."
+        )
+    where = request.config / CONFIG if request.config.is_dir() else request.config
+    settings = training_settings(read_json(where), where, reporter.warn)
+    return replace(checkpoint, config=settings, config_file=where)
+
+
+def _normalizes_head(checkpoint: TrainingCheckpoint, request: ConvertRequest) -> bool:
+    """Whether the output weight is to be written with its rows normalised."""
+    is_set = bool(checkpoint.config.get("norm_head", False))
+    if request.norm_head is not None and not is_set:
+        raise ConversionError(
+            f"--norm_head {request.norm_head}: {checkpoint.config_file} does not set norm_head. Leave --norm_head out."
+        )
+    return is_set and request.norm_head != RAW
 
 
 def _checked_tokenizer(family: Family, request: ConvertRequest, shape: ModelShape) -> Tokenizer:
@@ -154,15 +193,18 @@ def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Re
             "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch) and mlx-lm use them; vLLM and "
             "SGLang drop the biases of InternLM2 silently and answer wrongly."
         )
-    if source.normalizes_head:
-        reporter.warn("norm_head is set: the output weight is written with its rows normalised, as training uses it.")
+    if source.normalizes_head and request.norm_head is None:
+        reporter.warn(
+            "norm_head is set: the output weight is written with its rows normalised, as training uses it. InternEvo "
+            "0.5.1 and 0.5.2 use it as it is: for a model that they trained, pass --norm_head raw."
+        )
     if source.checkpoint.config.get("use_dynamic_ntk_rope") and request.dynamic_factor is None:
         reporter.warn("the model was trained with use_dynamic_ntk_rope; --rotary_type origin writes no scaling.")
     trained_positions = source.checkpoint.config.get("max_position_embeddings", request.max_position_embeddings)
     if trained_positions != request.max_position_embeddings:
         reporter.warn(
-            f"{MODEL_CONFIG} says max_position_embeddings = {shown(trained_positions)}, the folder gets "
-            f"{request.max_position_embeddings} from --max_pos."
+            f"{source.checkpoint.config_file.name} says max_position_embeddings = {shown(trained_positions)}, the "
+            f"folder gets {request.max_position_embeddings} from --max_pos."
         )
     if "." in request.target.name:
         reporter.warn(
@@ -208,7 +250,7 @@ def _normalized_rows(rows: torch.Tensor) -> torch.Tensor:
 def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[str, Any]:
     """config.json in the spelling that every consumer reads: legacy and current keys, nothing left to defaults."""
     shape, training = source.shape, source.checkpoint.config
-    where = source.checkpoint.folder / MODEL_CONFIG
+    where = source.checkpoint.config_file
     rope = Rope(positive_number(training, "rope_base", where, DEFAULT_ROPE_BASE), request.dynamic_factor)
     dtype = str(request.dtype).removeprefix("torch.")
     name = family.name

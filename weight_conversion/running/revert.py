@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError, listed, naming, shown
+from ..errors import ConversionError, listed, naming
 from ..files.copying import Copier, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
@@ -20,13 +20,13 @@ from ..mapping.family import (
     HIDDEN_SPLIT,
     VOCABULARY_SPLIT,
     Family,
-    Rope,
     common_choices,
     hf_shape,
     mlp_ratio,
     positive_integer,
     positive_number,
 )
+from ..mapping.hf_settings import rope_of
 from ..mapping.matching import Match, copies_of, match_hf, part_specs
 from ..mapping.rules import ModelShape
 from ..mapping.table import Entry
@@ -177,7 +177,7 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
     """model_config.pt: the keys that the framework's builder of this family takes."""
     shape, config = source.shape, source.folder.config
     where = source.folder.folder / CONFIG
-    rope = _rope(config, where, reporter)
+    rope = rope_of(config, where, reporter.warn)
     positions = positive_integer(config, "max_position_embeddings", where)
     if not request.embed_split and not request.use_flash:
         reporter.warn(
@@ -208,37 +208,3 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
             shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
         ),
     }
-
-
-def _rope(config: Mapping[str, Any], where: Path, reporter: Reporter) -> Rope:
-    """The rotary settings in whichever spelling config.json has; ConversionError where two spellings disagree."""
-    parameters, scaling, rotary = (
-        _settings(config, key, where) for key in ("rope_parameters", "rope_scaling", "rotary")
-    )
-    spellings = [spelled for spelled in (parameters, scaling, rotary) if spelled]
-    given_bases = ((config, "rope_theta"), (parameters, "rope_theta"), (rotary, "base"))
-    bases = {positive_number(given, key, where) for given, key in given_bases if given.get(key) is not None}
-    kinds = {str(spelled.get("rope_type") or spelled.get("type") or "default") for spelled in spellings}
-    kinds = {"default" if kind == "origin" else kind for kind in kinds}
-    factors = {
-        positive_number(spelled, key, where) for spelled in spellings for key in FACTORS if spelled.get(key) is not None
-    }
-    if len(bases) > 1 or len(kinds) > 1 or (kinds == {"dynamic"} and len(factors) > 1):
-        raise ConversionError(
-            f"{where} gives several rotary settings that contradict each other: bases {sorted(bases)}, "
-            f"types {sorted(kinds)}, factors {sorted(factors)}. Keep one."
-        )
-    kind = kinds.pop() if kinds else "default"
-    if kind not in ("default", "dynamic"):
-        reporter.warn(f"rotary scaling {kind!r} has no counterpart in InternEvo: only the base is kept.")
-    return Rope(bases.pop() if bases else 10000, (factors.pop() if factors else 1.0) if kind == "dynamic" else None)
-
-
-def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise ConversionError(f"{where}: {key} is {shown(value)}, expected an object of settings.")
-    return value
-
-
-FACTORS = ("factor", "scaling_factor")

@@ -1,0 +1,63 @@
+"""What config.json of a Hugging Face folder says, in the words of the training framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError, shown
+from .family import Rope, hf_shape, positive_integer, positive_number
+
+DEFAULT_NORM_EPSILON = 1e-6
+"""That of the configuration classes; the framework's own models have another."""
+DEFAULT_POSITIONS = 2048
+FACTORS = ("factor", "scaling_factor")
+
+
+def training_settings(config: Mapping[str, Any], where: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The keys of model_config.pt that a run on the Hugging Face class with this configuration should have had."""
+    shape, rope = hf_shape(config, where), rope_of(config, where, warn)
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "vocab_size": shape.vocab_size,
+        "num_attention_heads": shape.num_heads,
+        "num_kv_attention_heads": shape.num_kv_heads,
+        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, DEFAULT_NORM_EPSILON),
+        "rope_base": rope.theta,
+        "use_dynamic_ntk_rope": rope.dynamic_factor is not None,
+        "max_position_embeddings": positive_integer(config, "max_position_embeddings", where, DEFAULT_POSITIONS),
+    }
+
+
+def rope_of(config: Mapping[str, Any], where: Path, warn: Callable[[str], None]) -> Rope:
+    """The rotary settings in whichever spelling config.json has; ConversionError where two spellings disagree."""
+    parameters, scaling, rotary = (
+        _settings(config, key, where) for key in ("rope_parameters", "rope_scaling", "rotary")
+    )
+    spellings = [spelled for spelled in (parameters, scaling, rotary) if spelled]
+    given_bases = ((config, "rope_theta"), (parameters, "rope_theta"), (rotary, "base"))
+    bases = {positive_number(given, key, where) for given, key in given_bases if given.get(key) is not None}
+    kinds = {str(spelled.get("rope_type") or spelled.get("type") or "default") for spelled in spellings}
+    kinds = {"default" if kind == "origin" else kind for kind in kinds}
+    factors = {
+        positive_number(spelled, key, where) for spelled in spellings for key in FACTORS if spelled.get(key) is not None
+    }
+    if len(bases) > 1 or len(kinds) > 1 or (kinds == {"dynamic"} and len(factors) > 1):
+        raise ConversionError(
+            f"{where} gives several rotary settings that contradict each other: bases {sorted(bases)}, "
+            f"types {sorted(kinds)}, factors {sorted(factors)}. Keep one."
+        )
+    kind = kinds.pop() if kinds else "default"
+    if kind not in ("default", "dynamic"):
+        warn(f"rotary scaling {kind!r} has no counterpart in InternEvo: only the base is kept.")
+    return Rope(bases.pop() if bases else 10000, (factors.pop() if factors else 1.0) if kind == "dynamic" else None)
+
+
+def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected an object of settings.")
+    return value
