@@ -121,7 +121,8 @@ def part_shapes(entry: Entry, grid: Grid, shape: ModelShape) -> list[tuple[int, 
         if by_rows and entry.hf_shapes[0] == (shape.vocab_size, shape.hidden_size):
             remedy = (
                 f"Choose a {group.value} size that divides the vocabulary of {shape.vocab_size} and "
-                f"{DIVIDED_BY[group]}, or enlarge it before: model.resize_token_embeddings(pad_to_multiple_of={size}), then save_pretrained."
+                f"{DIVIDED_BY[group]}, or enlarge it before: model.resize_token_embeddings(pad_to_multiple_of={size}), "
+                "then save_pretrained."
             )
         raise ConversionError(
             f"tensor {entry.training[0]!r} cannot be split over {size} {group.value} ranks: {error}. {remedy}"
