@@ -35,7 +35,7 @@ test-kernels: $(READY)
 kernels-ci: $(READY)
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python $(ON_KERNELS)
 
-# .compat/<version>/: transformers 4.57.6 to 5.23.0, one folder each, all on this environment's torch.
+# .compat/<version>/: transformers 4.57.6 to 5.24.0, one folder each, all on this environment's torch.
 compat-environments: $(READY)
 	$(BIN)/python tests/versions/environments.py
 
@@ -45,7 +45,7 @@ compat: $(READY)
 
 # The oldest and the newest version only.
 compat-ci: $(READY)
-	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py 4.57.6 5.23.0
+	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py 4.57.6 5.24.0
 
 # The real tokenizers on every version, loaded in every way: benchmarks/tokenizer_versions.md.
 tokenizer-versions: $(READY)

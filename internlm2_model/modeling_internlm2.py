@@ -31,10 +31,23 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm2 import ChatMixin
-from .compat_internlm2 import GATHERED_COLUMNS, SHARED_EMBEDDING, cache_slots, causal_mask, with_tensor_parallelism
+from .compat_internlm2 import (
+    CACHE_NAME,
+    GATHERED_COLUMNS,
+    SHARED_EMBEDDING,
+    backend_keeps_cache,
+    cache_slots,
+    causal_mask,
+    in_our_words,
+    is_paged,
+    is_prepared,
+    prepares_inputs,
+    update_cache,
+    with_our_cache_name,
+    with_tensor_parallelism,
+)
 from .configuration_internlm2 import InternLM2Config
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -170,11 +183,12 @@ class InternLM2Attention(nn.Module):
         query = query.flatten(2, 3).transpose(1, 2)  # [B, T, k, g, d] -> [B, h, T, d]
         key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)  # [B, k, T, d]
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, k, S, d]
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_kwargs, kwargs)  # [B, k, S, d]
 
         backend = self.config._attn_implementation
         # One query reads keys and values once either way, and sdpa may plan its kernel anew for every length.
-        if backend == "eager" or (backend == "sdpa" and query.shape[2] == 1):
+        single = query.shape[2] == 1 and not backend_keeps_cache(kwargs)
+        if backend == "eager" or (backend == "sdpa" and single):
             attend: Callable = eager_attention_forward
         else:
             attend = ALL_ATTENTION_FUNCTIONS[backend]
@@ -222,7 +236,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "tok_embeddings"
     _no_split_modules = ["InternLM2DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", CACHE_NAME]  # noqa: RUF012
     # Rotary tables, which files of 2023 hold.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
     _supports_flash_attn = True
@@ -324,7 +338,7 @@ class TokenLayout(NamedTuple):
     @property
     def padding_mask(self) -> torch.Tensor | None:
         """The attention_mask where it is [B, past + T]."""
-        return None if self.attention_mask is None or self.attention_mask.dim() != 2 else self.attention_mask
+        return None if is_prepared(self.attention_mask) else self.attention_mask
 
 
 def token_layout(
@@ -337,13 +351,15 @@ def token_layout(
     """The layout of the tokens of hidden_states [B, T, H]; positions that are not given are counted."""
     length = hidden_states.shape[1]
     packed = None
-    if past_key_values is None and cu_seqlens is not None:
-        packed, attention_mask = packed_position_ids(cu_seqlens, length), None
+    if cu_seqlens is not None and (past_key_values is None or is_paged(past_key_values)):
+        packed = packed_position_ids(cu_seqlens, length)
+        # A prepared mask keeps the sequences apart and the cached tokens in sight; one of padding cannot.
+        attention_mask = attention_mask if is_prepared(attention_mask) else None
     elif past_key_values is None and attention_mask is None:
         packed = position_ids
     if position_ids is None and packed is not None:
         position_ids = packed
-    elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+    elif position_ids is None and attention_mask is not None and not is_prepared(attention_mask):
         position_ids = padded_position_ids(attention_mask)[:, -length:]
     elif position_ids is None:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -393,7 +409,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -472,9 +488,9 @@ class InternLM2Model(InternLM2PreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE_NAME: past_key_values},
         )
 
     def _gives_attentions(self, output_attentions: bool | None) -> bool:
@@ -532,7 +548,12 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin)
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.output = new_embeddings
 
-    @can_return_tuple
+    @prepares_inputs
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT looks for the cache under the name of earlier versions.
+        return with_our_cache_name(cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs))
+
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -570,9 +591,9 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -588,7 +609,7 @@ class InternLM2ForSequenceClassification(InternLM2PreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -635,9 +656,9 @@ class InternLM2ForSequenceClassification(InternLM2PreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _last_of_packed(
@@ -664,7 +685,7 @@ def last_tokens(
     """Column of each row's last real token, [B], by the mask, or else by what is not padding in input_ids."""
     length = hidden_states.shape[1]
     columns = torch.arange(length, device=hidden_states.device)
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is not None and not is_prepared(attention_mask):
         real = attention_mask[:, -length:] != 0
     elif input_ids is not None and pad_token_id is not None:
         real = input_ids != pad_token_id
@@ -686,7 +707,7 @@ class InternLM2ForTokenClassification(InternLM2PreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -730,7 +751,7 @@ class InternLM2ForQuestionAnswering(InternLM2PreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -787,7 +808,7 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         self.reward_token_id = getattr(config, "reward_token_id", None)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -818,9 +839,9 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         last = last_tokens(self.config.pad_token_id, hidden_states, input_ids, attention_mask)
         return SequenceClassifierOutputWithPast(
             logits=self.v_head(hidden_states[rows, last]),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def get_score(self, tokenizer: Any, conversation: list[dict[str, str]], **kwargs: Any) -> float:

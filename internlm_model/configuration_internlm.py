@@ -179,7 +179,7 @@ class InternLMConfig(PretrainedConfig):
     _auto_class = "AutoConfig"
     # The dtype asked for through an Auto class: transformers 5.4 and 5.8 tell it to the config alone.
     _requested_dtype = None
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads this class attribute)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads this class attribute)
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

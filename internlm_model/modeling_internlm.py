@@ -27,15 +27,22 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple
 
 from .chat_internlm import ChatMixin
 from .compat_internlm import (
+    CACHE_NAME,
     GATHERED_COLUMNS,
     SHARED_EMBEDDING,
     attended_length,
+    backend_keeps_cache,
     cache_slots,
     causal_mask,
+    in_our_words,
+    is_paged,
+    is_prepared,
+    prepares_inputs,
+    update_cache,
+    with_our_cache_name,
     with_tensor_parallelism,
 )
 from .configuration_internlm import InternLMConfig
@@ -189,7 +196,7 @@ class InternLMAttention(nn.Module):
             key = rotate(key, *position_embeddings)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, h, T, d]
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # [B, h, S, d]
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_kwargs, kwargs)  # [B, h, S, d]
         if key_position_embeddings is not None:
             key = rotate(key.transpose(1, 2), *key_position_embeddings).transpose(1, 2)  # [B, h, S, d]
 
@@ -197,7 +204,8 @@ class InternLMAttention(nn.Module):
         # sdpa may plan its kernel anew for every length, as a growing cache has at each step; one query reads keys and
         # values once either way.
         growing = not getattr(past_key_values, "is_compileable", False)
-        if backend == "eager" or (backend == "sdpa" and query.shape[2] == 1 and growing):
+        single = query.shape[2] == 1 and not backend_keeps_cache(kwargs)
+        if backend == "eager" or (backend == "sdpa" and single and growing):
             attend: Callable = eager_attention_forward
         else:
             attend = ALL_ATTENTION_FUNCTIONS[backend]
@@ -244,7 +252,7 @@ class InternLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternLMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", CACHE_NAME]  # noqa: RUF012
     # Rotary tables, which files of 2023 hold.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
     _supports_flash_attn = True
@@ -346,7 +354,7 @@ class TokenLayout(NamedTuple):
     @property
     def padding_mask(self) -> torch.Tensor | None:
         """The attention_mask where it is [B, past + T]."""
-        return None if self.attention_mask is None or self.attention_mask.dim() != 2 else self.attention_mask
+        return None if is_prepared(self.attention_mask) else self.attention_mask
 
 
 def token_layout(
@@ -359,13 +367,15 @@ def token_layout(
     """The layout of the tokens of hidden_states [B, T, H]; positions that are not given are counted."""
     length = hidden_states.shape[1]
     packed = None
-    if past_key_values is None and cu_seqlens is not None:
-        packed, attention_mask = packed_position_ids(cu_seqlens, length), None
+    if cu_seqlens is not None and (past_key_values is None or is_paged(past_key_values)):
+        packed = packed_position_ids(cu_seqlens, length)
+        # A prepared mask keeps the sequences apart and the cached tokens in sight; one of padding cannot.
+        attention_mask = attention_mask if is_prepared(attention_mask) else None
     elif past_key_values is None and attention_mask is None:
         packed = position_ids
     if position_ids is None and packed is not None:
         position_ids = packed
-    elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+    elif position_ids is None and attention_mask is not None and not is_prepared(attention_mask):
         position_ids = padded_position_ids(attention_mask)[:, -length:]
     elif position_ids is None:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -433,7 +443,7 @@ class InternLMModel(InternLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -493,7 +503,9 @@ class InternLMModel(InternLMPreTrainedModel):
         kwargs = {
             **self._packed_arguments(hidden_states, layout, max_seqlen),
             **kwargs,
-            **self._position_embeddings(hidden_states, layout),
+            **self._position_embeddings(
+                hidden_states, layout, is_paged(past_key_values) or backend_keeps_cache(kwargs)
+            ),
             "attention_mask": mask,
             "past_key_values": past_key_values,
             "cache_kwargs": cache_slots(past_key_values, hidden_states),
@@ -512,9 +524,9 @@ class InternLMModel(InternLMPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE_NAME: past_key_values},
         )
 
     def _gives_attentions(self, output_attentions: bool | None) -> bool:
@@ -543,7 +555,9 @@ class InternLMModel(InternLMPreTrainedModel):
             return {}
         return varlen_arguments(layout.packed.expand(len(hidden_states), -1), max_seqlen)
 
-    def _position_embeddings(self, hidden_states: torch.Tensor, layout: TokenLayout) -> dict[str, PositionEmbeddings]:
+    def _position_embeddings(
+        self, hidden_states: torch.Tensor, layout: TokenLayout, paged: bool
+    ) -> dict[str, PositionEmbeddings]:
         """cos and sin for all layers, in the dtype of their queries and keys."""
         device = hidden_states.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)  # the meta device knows no autocast
@@ -552,10 +566,22 @@ class InternLMModel(InternLMPreTrainedModel):
         new = self.rotary_emb(layout.position_ids, lengths, dtype)
         if self.config.rope().type != "dynamic":
             return {"position_embeddings": new}
+        if paged:
+            self._check_paged(lengths)
+            return {"position_embeddings": new}
         if layout.past_key_values is None:
             return {"position_embeddings": new, "key_position_embeddings": new}
         keys = self.rotary_emb(key_position_ids(layout, layout.past_key_values), lengths, dtype)
         return {"position_embeddings": new, "key_position_embeddings": keys}
+
+    def _check_paged(self, lengths: torch.Tensor) -> None:
+        """Raise ValueError where a paged cache, whose keys are rotated once, would have to rotate them again."""
+        longest, trained = int(lengths.max()), self.config.max_position_embeddings
+        if longest > trained:
+            raise ValueError(
+                f"A sequence of {longest} tokens is longer than max_position_embeddings = {trained}. Beyond it, "
+                "dynamic NTK scaling rotates all cached keys anew, which continuous batching does not do. Use generate."
+            )
 
 
 class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
@@ -573,7 +599,12 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @prepares_inputs
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT looks for the cache under the name of earlier versions.
+        return with_our_cache_name(cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs))
+
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -611,9 +642,9 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -629,7 +660,7 @@ class InternLMForSequenceClassification(InternLMPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -676,9 +707,9 @@ class InternLMForSequenceClassification(InternLMPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _last_of_packed(
@@ -705,7 +736,7 @@ def last_tokens(
     """Column of each row's last real token, [B], by the mask, or else by what is not padding in input_ids."""
     length = hidden_states.shape[1]
     columns = torch.arange(length, device=hidden_states.device)
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is not None and not is_prepared(attention_mask):
         real = attention_mask[:, -length:] != 0
     elif input_ids is not None and pad_token_id is not None:
         real = input_ids != pad_token_id
@@ -727,7 +758,7 @@ class InternLMForTokenClassification(InternLMPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -771,7 +802,7 @@ class InternLMForQuestionAnswering(InternLMPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    @can_return_tuple
+    @in_our_words
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.support.model_families import FAMILIES, Family, tokens
 from tests.support.rounding import assert_near, decided
@@ -130,3 +131,43 @@ def test_forward_exports(family: Family, rope: str) -> None:
     ids = tokens(2, 16)
     exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
     assert_near(exported.module()(ids, use_cache=False).logits, model(ids).logits)
+
+
+@over_families
+@over_backends
+@pytest.mark.parametrize("rope", ["origin", "dynamic"])
+@pytest.mark.parametrize("decoding", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+def test_every_cache_gives_the_tokens_of_no_cache(
+    family: Family, backend: str, rope: str, decoding: dict[str, Any]
+) -> None:
+    model = family.model(rope, attn_implementation=backend)
+    model.generation_config.disable_compile = True
+    rows = [tokens(1, 6, seed=1), tokens(1, 11, seed=2)]
+    ids = torch.stack([torch.nn.functional.pad(row[0], (14 - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([torch.arange(14) >= 14 - row.shape[1] for row in rows]).long()
+    beams = decoding.get("num_beams", 1)
+    generate = greedy if beams == 1 else searched
+    for prompt, seen in ((rows[1], torch.ones_like(rows[1])), (ids, mask)):
+        cached = generate(model, prompt, attention_mask=seen, **decoding)
+        assert torch.equal(cached, generate(model, prompt, attention_mask=seen, num_beams=beams, use_cache=False))
+
+
+def searched(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """12 tokens after ids that a search found."""
+    return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **kwargs)[:, -12:]
+
+
+@over_families
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "memory"])
+def test_the_cache_is_known_by_what_it_is(family: Family, name: str) -> None:
+    model, ids = family.model(), tokens(1, 12)
+    with torch.no_grad():
+        first = model(ids[:, :8], **{name: DynamicCache()})
+        second = model(ids[:, 8:], **{name: first[name]})
+        assert_near(second.logits, model(ids).logits[:, 8:])
+
+
+@over_families
+def test_two_caches_are_refused_by_name(family: Family) -> None:
+    with pytest.raises(ValueError, match="cache and past_key_values are different ones"):
+        family.model()(tokens(1, 4), cache=DynamicCache(), past_key_values=DynamicCache())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.model_families import FAMILIES, Family, checkpoint_activations, tokens
 from tests.support.rounding import assert_near
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -64,7 +64,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, use_reentran
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     plain = gradients(model, **batch)
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
     checkpointed = gradients(model, **batch)

@@ -61,3 +61,8 @@ def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Ten
         columns = slice(width - row.shape[1], None) if side == "left" else slice(row.shape[1])
         ids[index, columns], mask[index, columns] = row[0], 1
     return ids, mask
+
+
+def checkpoint_activations(model: Any, *settings: Any) -> None:
+    """Turn activation checkpointing on: gradient_checkpointing_enable until transformers 5.23."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*settings)

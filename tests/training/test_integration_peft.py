@@ -18,7 +18,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.model_families import FAMILIES, Family, checkpoint_activations, tokens
 from tests.support.rounding import assert_near, decided
 
 TARGETS = {
@@ -108,7 +108,7 @@ def test_generation_with_an_adapter_is_that_of_the_merged_model(family: Family, 
 @over_families
 def test_gradient_checkpointing_with_a_frozen_base(family: Family, base: Any) -> None:
     checkpointed = AutoModelForCausalLM.from_pretrained(base.config.name_or_path, trust_remote_code=True)
-    checkpointed.gradient_checkpointing_enable()
+    checkpoint_activations(checkpointed)
     checkpointed.enable_input_require_grads()
     assert all(layer.gradient_checkpointing for layer in checkpointed.model.layers)
     losses = []

@@ -1,7 +1,7 @@
 """Make one folder per transformers version that shares this interpreter's torch.
 
     python tests/versions/environments.py            # every version of PINS
-    python tests/versions/environments.py 4.57.6 5.23.0
+    python tests/versions/environments.py 4.57.6 5.24.0
 
 makes `.compat/<version>/`, which holds transformers and the few packages whose version depends on it
 (tokenizers, huggingface_hub and its HTTP client) and nothing else. A program then runs on that version with
@@ -44,6 +44,7 @@ PINS: Mapping[str, tuple[str, ...]] = {
     "5.17.0": ("tokenizers==0.23.3", *_HUB_1),
     "5.20.2": ("tokenizers==0.23.3", *_HUB_2),
     "5.23.0": ("tokenizers==0.23.3", *_HUB_2),
+    "5.24.0": ("tokenizers==0.23.3", *_HUB_2),
 }
 
 

@@ -29,7 +29,7 @@ from weight_conversion.tokenizer.tokenizer_json import SlowTokenizer, SpecialTok
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parents[1] / "benchmarks" / "tokenizer_versions.md"
-VERSIONS = ("4.57.6", "5.0.0", "5.8.0", "5.12.1", "5.17.0", "5.23.0")
+VERSIONS = ("4.57.6", "5.0.0", "5.8.0", "5.12.1", "5.17.0", "5.24.0")
 CASES, PROMPT = "cases.json", "prompt.json"
 
 INTRODUCTION = """# Tokenizers on transformers {versions}
