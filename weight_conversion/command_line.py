@@ -195,8 +195,7 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
     """Converts as the user asked; the exit status."""
 
     def action() -> None:
-        import torch
-
+        from .files.dtypes import BY_NAME
         from .mapping.families import FAMILIES
         from .running.convert import ConvertRequest, convert
         from .running.reporting import Reporter
@@ -205,7 +204,7 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
             source=arguments.src,
             target=arguments.tgt,
             tokenizer=arguments.tokenizer,
-            dtype=getattr(torch, arguments.dtype),
+            dtype=BY_NAME[arguments.dtype],
             max_shard=arguments.max_shard,
             max_position_embeddings=arguments.max_pos,
             dynamic_factor=arguments.scaling_factor if arguments.rotary_type == "dynamic" else None,

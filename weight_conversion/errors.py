@@ -1,11 +1,13 @@
 """What goes wrong in a way that the user can mend."""
 
-import reprlib
+from __future__ import annotations
+
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
+LONGEST = 200
+"""Characters of a value that a sentence shows."""
 
 
 class ConversionError(Exception):
@@ -27,11 +29,33 @@ class naming:  # noqa: N801 - a context manager, used as a word
 
 
 def shown(value: object) -> str:
-    """A value from a file, short enough for a sentence, whatever it is."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python prints no whole number of more than 4300 digits
-        return f"a {type(value).__name__} too long to print"
+    """A value from a file as a sentence can have it, whatever it is: short, on one line, without control characters."""
+    text = _text(value, depth=3)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _text(value: object, depth: int) -> str:
+    """A text of bounded length, made in bounded time."""
+    if isinstance(value, str | bytes):
+        return repr(value[:LONGEST]) + ("..." if len(value) > LONGEST else "")
+    if isinstance(value, int) and value.bit_length() > 2 * LONGEST:  # Python prints none of more than 4300 digits
+        return f"a whole number of about {int(value.bit_length() * 0.30103) + 1} digits"
+    if isinstance(value, list | tuple | dict):
+        return _members(value, depth)
+    return repr(value)
+
+
+def _members(value: list[object] | tuple[object, ...] | dict[object, object], depth: int) -> str:
+    begin, end = ("[", "]") if isinstance(value, list) else ("{", "}") if isinstance(value, dict) else ("(", ")")
+    if not depth:
+        return f"{begin}...{end}"
+    members = [_text(member, depth - 1) for member in islice(value, 8)]
+    if isinstance(value, dict):
+        inner = (_text(member, depth - 1) for member in islice(value.values(), 8))
+        members = [f"{key}: {member}" for key, member in zip(members, inner, strict=True)]
+    if len(value) > 8:
+        members.append("...")
+    return f"{begin}{', '.join(members)}{end}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from weight_conversion.files import open_files
 from weight_conversion.files.copying import Copier, Move
+from weight_conversion.files.dtypes import FLOAT32
 from weight_conversion.files.views import StoredTensor, contiguous_strides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ Range = tuple[Path, int, int]
 
 
 def stored(path: Path, name: str, offset: int, shape: tuple[int, ...]) -> StoredTensor:
-    return StoredTensor(name, path, offset, torch.float32, shape, contiguous_strides(shape))
+    return StoredTensor(name, path, offset, FLOAT32, shape, contiguous_strides(shape))
 
 
 def halves(folder: Path, dim: int) -> list[Move]:

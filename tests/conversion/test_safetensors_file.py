@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conversion.test_torch_file import load, random_tensor, same
+from tests.conversion.test_torch_file import load, our_type, random_tensor, same, torch_type
 from tests.faults.fault_harness import quick_folder
 from weight_conversion.errors import ConversionError
-from weight_conversion.files.safetensors_file import DTYPES, MAX_HEADER, SafetensorsWriter, read_header
+from weight_conversion.files.dtypes import DTYPES
+from weight_conversion.files.safetensors_file import MAX_HEADER, SafetensorsWriter, read_header
 from weight_conversion.files.views import TensorSpec
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 TENSORS = st.dictionaries(
     st.text(st.characters(exclude_categories=("Cs",)), max_size=30).filter(lambda name: name != "__metadata__"),
     st.builds(
         random_tensor,
         st.lists(st.integers(0, 4), max_size=3).map(tuple),
-        st.sampled_from([dtype for dtype in DTYPES.values() if dtype not in FLOAT8]),
+        st.sampled_from([torch_type(dtype) for dtype in DTYPES if "float8" not in dtype.name]),
         st.integers(0, 99),
     ),
     max_size=6,
@@ -34,7 +34,7 @@ TENSORS = st.dictionaries(
 
 
 def write(path: Path, state: dict[str, torch.Tensor]) -> SafetensorsWriter:
-    writer = SafetensorsWriter(path, [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()])
+    writer = SafetensorsWriter(path, [TensorSpec(name, tuple(t.shape), our_type(t.dtype)) for name, t in state.items()])
     writer.create()
     with path.open("r+b") as file:
         for name, tensor in state.items():

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from tests.faults.fault_harness import quick_folder
 from tests.faults.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, load_carelessly, write_archive
 from weight_conversion.errors import ConversionError, shown
+from weight_conversion.files import dtypes
 from weight_conversion.files.torch_file import (
-    STORAGE_TYPES,
     TorchFileWriter,
     check_records,
     read_plain_dict,
@@ -31,16 +31,25 @@ from weight_conversion.files.torch_file import (
 )
 from weight_conversion.files.views import StoredTensor, TensorSpec
 
-DTYPES = list(STORAGE_TYPES)
+DTYPES = [dtype for dtype in dtypes.DTYPES if dtype.storage]
+
+
+def torch_type(dtype: dtypes.DType) -> torch.dtype:
+    """The same type as torch has it."""
+    return getattr(torch, dtype.name)
+
+
+def our_type(dtype: torch.dtype) -> dtypes.DType:
+    return dtypes.BY_NAME[str(dtype).removeprefix("torch.")]
 
 
 def load(stored: StoredTensor) -> torch.Tensor:
     """The tensor that lies where `stored` says."""
     if not stored.nbytes:
-        return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.empty(stored.shape, dtype=torch_type(stored.dtype))
     data = bytearray(stored.path.read_bytes()[stored.offset :])
     span = 1 + sum((size - 1) * stride for size, stride in zip(stored.shape, stored.strides, strict=True))
-    return torch.frombuffer(data, dtype=stored.dtype, count=span).as_strided(stored.shape, stored.strides)
+    return torch.frombuffer(data, dtype=torch_type(stored.dtype), count=span).as_strided(stored.shape, stored.strides)
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -66,9 +75,9 @@ def saved(tmp_path: Path, content: object, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_that_torch_saved_are_found(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_that_torch_saved_are_found(dtype: dtypes.DType, tmp_path: Path) -> None:
     shapes = [(3, 5), (7,), (1, 1), (), (0,), (2, 0, 3), (2, 3, 4)]
-    state = {f"t{i}": random_tensor(shape, dtype, i) for i, shape in enumerate(shapes)}
+    state = {f"t{i}": random_tensor(shape, torch_type(dtype), i) for i, shape in enumerate(shapes)}
     found = read_state_dict(saved(tmp_path, state))
     assert list(found) == list(state)
     assert all(same(load(found[name]), tensor) for name, tensor in state.items())
@@ -92,8 +101,8 @@ def test_windows_on_one_storage_are_found(tmp_path: Path) -> None:
 def test_settings_are_plain_values(tmp_path: Path) -> None:
     settings_saved = {"hidden_size": 64, "eps": 1e-5, "dtype": torch.bfloat16, "nested": {"size": torch.Size([2])}}
     found = read_plain_dict(saved(tmp_path, settings_saved))
-    assert found == settings_saved
-    write_plain_dict(tmp_path / "again.pt", settings_saved)
+    assert found == {**settings_saved, "dtype": dtypes.BFLOAT16}
+    write_plain_dict(tmp_path / "again.pt", found)
     assert torch.load(tmp_path / "again.pt", weights_only=True) == settings_saved
 
 
@@ -101,7 +110,7 @@ def test_settings_are_plain_values(tmp_path: Path) -> None:
 
 
 def write(path: Path, state: dict[str, torch.Tensor]) -> TorchFileWriter:
-    writer = TorchFileWriter(path, [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()])
+    writer = TorchFileWriter(path, [TensorSpec(name, tuple(t.shape), our_type(t.dtype)) for name, t in state.items()])
     writer.create()
     checksums = {}
     with path.open("r+b") as file:
@@ -117,7 +126,10 @@ def write(path: Path, state: dict[str, torch.Tensor]) -> TorchFileWriter:
 TENSORS = st.dictionaries(
     st.text(max_size=40).filter(lambda name: name.isprintable()),
     st.builds(
-        random_tensor, st.lists(st.integers(0, 4), max_size=3).map(tuple), st.sampled_from(DTYPES), st.integers(0, 99)
+        random_tensor,
+        st.lists(st.integers(0, 4), max_size=3).map(tuple),
+        st.sampled_from([torch_type(dtype) for dtype in DTYPES]),
+        st.integers(0, 99),
     ),
     max_size=6,
 )
@@ -156,9 +168,9 @@ def test_tensors_and_positions_beyond_4_gib(tmp_path: Path) -> None:
     """In a sparse file: the bytes between the marks are never stored."""
     size = (1 << 32) + 4096
     specs = [
-        TensorSpec("large", (size,), torch.uint8),
-        TensorSpec("exactly", ((1 << 32) - 1,), torch.uint8),
-        TensorSpec("behind", (3,), torch.float32),
+        TensorSpec("large", (size,), dtypes.BY_NAME["uint8"]),
+        TensorSpec("exactly", ((1 << 32) - 1,), dtypes.BY_NAME["uint8"]),
+        TensorSpec("behind", (3,), dtypes.FLOAT32),
     ]
     path = tmp_path / "model_tp0_pp0.pt"
     writer = TorchFileWriter(path, specs)
@@ -181,7 +193,7 @@ def test_tensors_and_positions_beyond_4_gib(tmp_path: Path) -> None:
 
 def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
     path = tmp_path / "model_tp0_pp0.pt"
-    specs = [TensorSpec(f"t{i}", (1,), torch.uint8) for i in range(66000)]
+    specs = [TensorSpec(f"t{i}", (1,), dtypes.BY_NAME["uint8"]) for i in range(66000)]
     writer = TorchFileWriter(path, specs)
     writer.create()
     writer.seal(dict.fromkeys(writer.tensors, zlib.crc32(b"\0")))

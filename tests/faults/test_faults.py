@@ -571,7 +571,10 @@ BAD_FOLDERS: dict[str, tuple[Change, list[str]]] = {
     "a size that is text": (change_json("config.json", hidden_size="16"), ["hidden_size is '16'"]),
     "a size that is negative": (change_json("config.json", vocab_size=-1), ["vocab_size is -1"]),
     "a size that is true": (change_json("config.json", num_attention_heads=True), ["num_attention_heads is True"]),
-    "a size of no end": (change_json("config.json", num_hidden_layers=10**4000), ["num_hidden_layers is 1"]),
+    "a size of no end": (
+        change_json("config.json", num_hidden_layers=10**4000),
+        ["num_hidden_layers is a whole number of about 4001 digits"],
+    ),
     "a size that is missing": (change_json("config.json", intermediate_size=...), ["intermediate_size is None"]),
     "no max_position_embeddings": (change_json("config.json", max_position_embeddings=...), ["max_position"]),
     "heads that do not divide": (change_json("config.json", num_attention_heads=3), ["config.json", "3 heads"]),

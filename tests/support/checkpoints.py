@@ -180,7 +180,7 @@ def _interleaved(rows: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 def _hf_tensors(model: _Model) -> Tensors:
     internlm = model.recipe.family == "internlm"
-    head = torch.nn.functional.normalize(model.head.float(), dim=-1) if model.recipe.norm_head else model.head
+    head = torch.nn.functional.normalize(model.head.double(), dim=-1).float() if model.recipe.norm_head else model.head
     tensors = {
         f"model.{'embed_tokens' if internlm else 'tok_embeddings'}.weight": model.embedding,
         "model.norm.weight": model.norm,

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
+import numpy as np
 
 try:  # the same sums, twenty times as fast
     from isal.isal_zlib import crc32
@@ -36,6 +36,8 @@ except ImportError:
 
 from ..errors import ConversionError
 from ..signals import held_back
+from .casting import Array, Cast, Loss, unsigned
+from .dtypes import FLOAT32, DType
 from .open_files import OpenFiles, WriteBehind
 from .views import Pair, StoredTensor
 
@@ -47,7 +49,7 @@ THREAD_NAMES = "copying"
 POLL_SECONDS, PATIENCE_SECONDS = 0.25, 2.0
 """How often the main thread looks whether it is to end, and how long it then waits for threads that hang."""
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
+Transform = Callable[[Array], None]
 Progress = Callable[[int], None]
 Result = TypeVar("Result")
 
@@ -56,7 +58,8 @@ Result = TypeVar("Result")
 class Move:
     """A full tensor and windows (of it, of parts) that together cover it exactly once.
 
-    `transform` maps rows [n, ...] of the gathered tensor to the rows that are written; it works on gather alone.
+    Where the types of part and full tensor differ, gathering casts. `transform` changes rows [n, ...] of the gathered
+    tensor, in float32, before they are cast to the type that is written. Scattering does neither.
     """
 
     full: StoredTensor
@@ -80,9 +83,10 @@ class Copier:
         self._progress = progress
         self._stop = _Stop()
 
-    def gather(self, tasks: Sequence[Task]) -> None:
-        """Writes every full tensor from its parts."""
-        self._run(tasks, _gather, writable={move.full.path for task in tasks for move in task})
+    def gather(self, tasks: Sequence[Task]) -> dict[str, Loss]:
+        """Writes every full tensor from its parts; returns what casts lost, by the name of the full tensor."""
+        done = self._run(tasks, _gather, writable={move.full.path for task in tasks for move in task})
+        return {name: loss for losses in done for name, loss in losses.items() if loss != Loss()}
 
     def scatter(self, tasks: Sequence[Task]) -> dict[Path, dict[str, int]]:
         """Writes the parts of every full tensor; returns the CRC-32 of each part by file and name."""
@@ -287,7 +291,7 @@ def _as_run(pair: Pair) -> _Run:
     return _Run(tuple(merged), window.offset, part.offset, part.tensor)
 
 
-def _blocks(move: Move, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+def _blocks(move: Move, dtype: DType) -> Iterator[tuple[int, int]]:
     """Element ranges of the full tensor: whole rows, about BLOCK_BYTES each as `dtype`."""
     total = math.prod(move.full.shape)
     row = total // move.full.shape[0] if total else 1
@@ -300,10 +304,16 @@ def _blocks(move: Move, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
 
 
 class _Block(NamedTuple):
-    """The same memory as elements [n] of a tensor and as bytes."""
+    """The same memory as elements [n] of a tensor, unsigned integers of their size, and as bytes."""
 
-    elements: torch.Tensor
+    elements: Array
     bytes: memoryview
+
+    def window(self, run: _Run, strides: Sequence[int], start: int = 0) -> Array:
+        """Elements in the sizes of a run, with `strides`, from element `start` on."""
+        itemsize = self.elements.itemsize
+        in_bytes = [stride * itemsize for stride in strides]
+        return np.ndarray(run.sizes, self.elements.dtype, self.elements.data, start * itemsize, in_bytes)
 
 
 class _Buffer:
@@ -312,11 +322,12 @@ class _Buffer:
     def __init__(self) -> None:
         self._bytes = bytearray()
 
-    def take(self, count: int, dtype: torch.dtype) -> _Block:
+    def take(self, count: int, dtype: DType) -> _Block:
         needed = count * dtype.itemsize
         if needed > len(self._bytes):
             self._bytes = bytearray(needed)
-        return _Block(torch.frombuffer(self._bytes, dtype=dtype, count=count), memoryview(self._bytes)[:needed])
+        elements = np.ndarray((count,), unsigned(dtype.itemsize), self._bytes)
+        return _Block(elements, memoryview(self._bytes)[:needed])
 
 
 @dataclass
@@ -342,10 +353,9 @@ class _Worker:
     stop: _Stop
     block: _Buffer = field(default_factory=_Buffer)
     scratch: _Buffer = field(default_factory=_Buffer)
-    untransformed: _Buffer = field(default_factory=_Buffer)
-
-    def __post_init__(self) -> None:
-        torch.set_num_threads(1)  # a block is too small to share; the workers are the parallelism
+    uncast: _Buffer = field(default_factory=_Buffer)
+    wide: _Buffer = field(default_factory=_Buffer)
+    casts: dict[tuple[DType, DType], Cast] = field(default_factory=dict)
 
     def advance(self, count: int) -> None:
         """Reports bytes of the full tensors done; raises _StoppedError when there is no use in going on."""
@@ -357,13 +367,13 @@ class _Worker:
         """Fills what a run covers of a block, elements from `begin` on of a full tensor, from the run's part."""
         part, itemsize = run.tensor, run.tensor.dtype.itemsize
         start, offset = run.full - begin, part.offset + run.part * itemsize
-        if run.in_one_piece and part.dtype == block.elements.dtype:
+        if run.in_one_piece:
             self.files.read(part.path, offset, block.bytes[start * itemsize : (start + run.numel) * itemsize])
             return
         scratch = self.scratch.take(run.part_span, part.dtype)
         self.files.read(part.path, offset, scratch.bytes)
-        source = scratch.elements.as_strided(run.sizes, [axis.part for axis in run.axes])
-        block.elements.as_strided(run.sizes, [axis.full for axis in run.axes], start).copy_(source)
+        source = scratch.window(run, [axis.part for axis in run.axes])
+        np.copyto(block.window(run, [axis.full for axis in run.axes], start), source)
 
     def write_part(self, run: _Run, block: _Block, begin: int, checksum: _Checksum) -> None:
         """Writes what a run covers of a block, elements from `begin` on of a full tensor, into the run's part."""
@@ -374,33 +384,48 @@ class _Worker:
         else:
             if run.part_span != run.numel:
                 raise ValueError(f"rows of {part.name} do not lie in one piece")
-            scratch, content = self.scratch.take(run.numel, part.dtype)
-            source = block.elements.as_strided(run.sizes, [axis.full for axis in run.axes], start)
-            scratch.as_strided(run.sizes, [axis.part for axis in run.axes]).copy_(source)
+            scratch = self.scratch.take(run.numel, part.dtype)
+            source = block.window(run, [axis.full for axis in run.axes], start)
+            np.copyto(scratch.window(run, [axis.part for axis in run.axes]), source)
+            content = scratch.bytes
         checksum.add(run.part * itemsize, content)
         self.files.write(part.path, part.offset + run.part * itemsize, content)
 
-    def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> _Block:
-        """Elements [begin, end) of the full tensor as its parts and the transform give them."""
-        block = self.block.take(end - begin, move.full.dtype)
-        source = block if move.transform is None else self.untransformed.take(end - begin, runs[0].tensor.dtype)
+    def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> tuple[_Block, Loss]:
+        """Elements [begin, end) of the full tensor as parts, transform and cast give them."""
+        source, target = runs[0].tensor.dtype, move.full.dtype
+        block = self.block.take(end - begin, target)
+        as_they_are = source is target and move.transform is None
+        gathered = block if as_they_are else self.uncast.take(end - begin, source)
         for run in runs:
             for piece in run.within(begin, end):
-                self.read_part(piece, source, begin)
-        if move.transform is not None:
-            rows = source.elements.view(-1, *move.full.shape[1:])
-            block.elements.copy_(move.transform(rows).flatten())
-        return block
+                self.read_part(piece, gathered, begin)
+        if as_they_are:
+            return block, Loss()
+        if move.transform is None:
+            return block, self.cast(source, target)(gathered.elements, block.elements)
+        wide = self.wide.take(end - begin, FLOAT32).elements
+        loss = self.cast(source, FLOAT32)(gathered.elements, wide)
+        move.transform(wide.view(np.float32).reshape(-1, *move.full.shape[1:]))
+        return block, loss + self.cast(FLOAT32, target)(wide, block.elements)
+
+    def cast(self, source: DType, target: DType) -> Cast:
+        if (source, target) not in self.casts:
+            self.casts[source, target] = Cast(source, target)
+        return self.casts[source, target]
 
 
-def _gather(worker: _Worker, task: Task) -> None:
+def _gather(worker: _Worker, task: Task) -> dict[str, Loss]:
+    losses: dict[str, Loss] = {}
     for move in task:
         full, runs = move.full, [_as_run(pair) for pair in move.pairs]
         for begin, end in _blocks(move, runs[0].tensor.dtype):
-            block = worker.gathered(move, runs, begin, end)
+            block, loss = worker.gathered(move, runs, begin, end)
+            losses[full.name] = losses.get(full.name, Loss()) + loss
             worker.files.write(full.path, full.offset + begin * full.dtype.itemsize, block.bytes)
             worker.advance(len(block.bytes))
     worker.files.hand_over()
+    return losses
 
 
 def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
@@ -425,10 +450,10 @@ def _differing(worker: _Worker, task: Task) -> list[Move]:
 def _holds_its_parts(worker: _Worker, move: Move) -> bool:
     full, runs = move.full, [_as_run(pair) for pair in move.pairs]
     for begin, end in _blocks(move, runs[0].tensor.dtype):
-        expected = worker.gathered(move, runs, begin, end)
+        expected, _ = worker.gathered(move, runs, begin, end)
         found = worker.scratch.take(end - begin, full.dtype)
         worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, found.bytes)
         worker.advance(len(found.bytes))
-        if found.bytes != expected.bytes:  # not elements: NaN equals itself
+        if not np.array_equal(found.elements, expected.elements):  # as bits: NaN equals itself
             return False
     return True

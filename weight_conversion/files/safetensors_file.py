@@ -16,27 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ConversionError, naming, shown
+from .dtypes import DTYPES
 from .kinds import check_regular
 from .views import StoredTensor, TensorSpec, contiguous_strides
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in DTYPES}
 
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
@@ -75,13 +60,15 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = BY_SAFETENSORS_NAME[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"the entry of tensor {name!r} is not one of a tensor: {shown(entry)}") from error
+        raise _broken(path, f"the entry of tensor {shown(name)} is not one of a tensor: {shown(entry)}") from error
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
-        raise _broken(path, f"tensor {name!r} has a negative or fractional size or offset: {shown(entry)}")
+        raise _broken(path, f"tensor {shown(name)} has a negative or fractional size or offset: {shown(entry)}")
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise _broken(path, f"tensor {name!r} of shape {list(shape)} and {dtype} does not fill {end - begin} bytes")
+        raise _broken(
+            path, f"tensor {shown(name)} of shape {shown(list(shape))} and {dtype} does not fill {end - begin} bytes"
+        )
     return StoredTensor(name, path, start + begin, dtype, shape, contiguous_strides(shape))
 
 
@@ -90,7 +77,7 @@ def _check_coverage(path: Path, tensors: list[StoredTensor], start: int, size: i
     position = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != position:
-            raise _broken(path, f"tensor {tensor.name!r} starts at byte {tensor.offset}, expected {position}")
+            raise _broken(path, f"tensor {shown(tensor.name)} starts at byte {tensor.offset}, expected {position}")
         position += tensor.nbytes
     if position != size:
         raise _broken(path, f"its tensors end at byte {position}, the file at byte {size}: it is truncated or damaged")
@@ -113,7 +100,7 @@ class SafetensorsWriter:
         for spec in ordered:
             end = position + spec.nbytes
             entries[spec.name] = {
-                "dtype": NAMES[spec.dtype],
+                "dtype": spec.dtype.safetensors,
                 "shape": list(spec.shape),
                 "data_offsets": [position, end],
             }

@@ -7,8 +7,7 @@
     [ local header | stem/version      ]  "3"
     [ central directory: name, CRC-32, size, position of every record ][ end records ]
 
-Reading runs no pickled code: the unpickler below knows the few names that a state dict or a model configuration
-needs, gives plain data for them and refuses every other name. Tensors are found, not loaded.
+Reading runs no pickled code (plain_pickle). Tensors are found, not loaded.
 Sources: the zip application note (APPNOTE 6.3), torch's notes on serialization.
 """
 
@@ -16,47 +15,18 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..errors import ConversionError, naming, shown
 from .kinds import check_regular
+from .plain_pickle import PickledStorage, PickledTensor, PickleError, dumps, dumps_state_dict, loads
 from .views import StoredTensor, TensorSpec, contiguous_strides
-
-STORAGE_TYPES: dict[torch.dtype, type] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
-DTYPES_BY_STORAGE_NAME = {storage.__name__: dtype for dtype, storage in STORAGE_TYPES.items()}
-DTYPE_NAMES = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-)
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -101,91 +71,14 @@ def check_records(path: Path) -> None:
     except Exception as error:  # a damaged archive raises many kinds of errors
         raise ConversionError(f"{path} is damaged ({error}). Copy it again from where it was saved.") from error
     if damaged is not None:
-        raise ConversionError(f"{path} is damaged: the checksum of its record {damaged!r} does not fit. Copy it again.")
+        raise ConversionError(
+            f"{path} is damaged: the checksum of its record {shown(damaged)} does not fit. Copy it again."
+        )
 
 
 class _Record(NamedTuple):
     position: int
     size: int
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-
-class _Tensor(NamedTuple):  # a tuple, because a pickle can change no field of it
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _StateDict(dict[Any, Any]):
-    """Stands for OrderedDict and for the training framework's Config: a dict that takes no attributes."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        """A state dict's `_metadata` (module versions) is not a weight."""
-
-
-class _Call:
-    """A function that a pickle may call; it takes no attributes, so that a pickle cannot change it."""
-
-    __slots__ = ("_function",)
-    _function: Callable[..., Any]
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise pickle.UnpicklingError("it sets an attribute of a function")
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-
-def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_unused: Any
-) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError(f"it makes a tensor of {shown(storage)}, which is no tensor storage")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: _Tensor, *_unused: Any) -> _Tensor:
-    return tensor
-
-
-_KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _StateDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Call(_rebuild_parameter),
-    ("torch", "Size"): _Call(tuple),
-    **{("torch", name): dtype for name, dtype in DTYPES_BY_STORAGE_NAME.items()},
-    **{("torch", name): getattr(torch, name) for name in DTYPE_NAMES},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Gives plain data for the names that checkpoints need and refuses every other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "Config" and module.split(".")[0] == "internlm":
-            return _StateDict
-        try:
-            return _KNOWN[module, name]
-        except KeyError:
-            asked = f"{module}.{name}"
-            raise pickle.UnpicklingError(f"it asks for {asked!r:.200}, which no checkpoint needs") from None
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it refers to {shown(pid)}, which is no tensor storage")
-        return _Storage(key, dtype, numel)
 
 
 def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
@@ -209,10 +102,8 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, _Record]]:
     except Exception as error:  # a damaged archive raises many kinds of errors
         raise _unreadable(path, error) from error
     try:
-        return _Unpickler(io.BytesIO(content)).load(), records
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged or hostile pickle raises any kind of error
+        return loads(content), records
+    except PickleError as error:
         raise ConversionError(
             f"{path} is not a file of tensors or settings that can be trusted: {error}. Nothing in it was run."
         ) from error
@@ -234,40 +125,38 @@ def _unreadable(path: Path, error: Exception) -> ConversionError:
 def _locate(file: io.BufferedReader, info: zipfile.ZipInfo) -> _Record:
     """Where a stored record's bytes lie: behind its local header, which repeats its name."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise zipfile.BadZipFile(f"record {info.filename!r} is compressed")
+        raise zipfile.BadZipFile(f"record {shown(info.filename)} is compressed")
     if info.header_offset < 0:
-        raise zipfile.BadZipFile(f"record {info.filename!r} starts before the file")
+        raise zipfile.BadZipFile(f"record {shown(info.filename)} starts before the file")
     file.seek(info.header_offset)
     fields = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     name = file.read(fields[-2]).decode("utf-8" if fields[2] & UTF8_NAMES else "cp437")
     position = info.header_offset + LOCAL_HEADER.size + fields[-2] + fields[-1]
     found = fields[0] == b"PK\x03\x04" and name == info.orig_filename
     if not found or position + info.file_size > os.fstat(file.fileno()).st_size:
-        raise zipfile.BadZipFile(f"record {info.filename!r} is not where the directory says")
+        raise zipfile.BadZipFile(f"record {shown(info.filename)} is not where the directory says")
     return _Record(position, info.file_size)
 
 
 def _stored(path: Path, name: object, value: object, records: Mapping[str, _Record]) -> StoredTensor:
-    if not isinstance(name, str) or not isinstance(value, _Tensor):
-        raise ConversionError(
-            f"{path} holds a {type(value).__name__} under {shown(name)}, expected only tensors by name."
-        )
+    if not isinstance(name, str) or type(value) is not PickledTensor:
+        raise ConversionError(f"{path} holds {shown(value)} under {shown(name)}, expected only tensors by name.")
     storage, dtype = value.storage, value.storage.dtype
     numbers = (value.offset, *value.shape, *value.strides, storage.numel)
     well_formed = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
     if not well_formed or len(value.shape) != len(value.strides):
-        raise ConversionError(f"{path}: tensor {name!r} has a shape or position that no tensor has.")
+        raise ConversionError(f"{path}: tensor {shown(name)} has a shape or position that no tensor has.")
     record = records.get(storage.key)
     if record is None or record.size != storage.numel * dtype.itemsize:
         found = "no record" if record is None else f"a record of {record.size} bytes"
         raise ConversionError(
-            f"{path}: tensor {name!r} needs {storage.numel * dtype.itemsize} bytes in storage {storage.key!r}, "
-            f"found {found}. The file is damaged; copy it again."
+            f"{path}: tensor {shown(name)} needs {storage.numel * dtype.itemsize} bytes in storage "
+            f"{shown(storage.key)}, found {found}. The file is damaged; copy it again."
         )
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.strides, strict=True))
     if 0 not in value.shape and value.offset + last >= storage.numel:
         raise ConversionError(
-            f"{path}: tensor {name!r} reaches beyond its storage. The file is damaged; copy it again."
+            f"{path}: tensor {shown(name)} reaches beyond its storage. The file is damaged; copy it again."
         )
     offset = record.position + value.offset * dtype.itemsize
     return StoredTensor(name, path, offset, dtype, value.shape, value.strides)
@@ -277,37 +166,10 @@ def _stored(path: Path, name: object, value: object, records: Mapping[str, _Reco
 
 
 def write_plain_dict(path: Path, content: Mapping[str, Any]) -> None:
-    """Saves a dict of plain values as torch.save does."""
-    buffer = io.BytesIO()  # writing a file itself, torch.save reports a full disk without path and reason
-    torch.save(dict(content), buffer)
-    with naming(path):
-        path.write_bytes(buffer.getvalue())
-
-
-class _StorageRef(NamedTuple):
-    key: str
-    spec: TensorSpec
-
-
-class _TensorRef(NamedTuple):
-    storage: _StorageRef
-
-
-class _Pickler(pickle.Pickler):
-    """Writes tensors as torch.save does: a call that rebuilds them from a storage kept outside the pickle."""
-
-    def persistent_id(self, obj: Any) -> Any:
-        if type(obj) is not _StorageRef:
-            return None
-        return "storage", STORAGE_TYPES[obj.spec.dtype], obj.key, "cpu", obj.spec.numel
-
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is not _TensorRef:
-            return NotImplemented
-        shape = obj.storage.spec.shape
-        # storage, storage offset, shape, strides, requires_grad, backward hooks
-        args: tuple[Any, ...] = (obj.storage, 0, shape, contiguous_strides(shape), False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, args
+    """Saves a dict of plain values as torch.save does; a DType becomes torch's."""
+    writer = TorchFileWriter(path, (), dumps(dict(content)))
+    writer.create()
+    writer.seal({})
 
 
 @dataclass
@@ -379,18 +241,28 @@ class _Entry:
         return CENTRAL_HEADER.pack(b"PK\x01\x02", *fields, 0, position) + self.name + extra
 
 
+def _state_dict(specs: Sequence[TensorSpec]) -> bytes:
+    """The pickle of tensors that each fill a storage of their own."""
+    storages = (PickledStorage(str(i), spec.dtype, spec.numel) for i, spec in enumerate(specs))
+    return dumps_state_dict(
+        {
+            spec.name: PickledTensor(storage, 0, spec.shape, contiguous_strides(spec.shape))
+            for spec, storage in zip(specs, storages, strict=True)
+        }
+    )
+
+
 class TorchFileWriter:
     """A torch.save file whose layout is known before its tensors are written.
 
     `tensors` says where each one goes; `seal` adds the checksums of what was written there and closes the archive.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], pickled: bytes | None = None) -> None:
+        """`pickled` is what the file says; by default a state dict of `specs`."""
         stem = path.stem
-        buffer = io.BytesIO()
-        state = OrderedDict((spec.name, _TensorRef(_StorageRef(str(i), spec))) for i, spec in enumerate(specs))
-        _Pickler(buffer, protocol=2).dump(state)
-        first = [self._small(stem, "data.pkl", buffer.getvalue()), self._small(stem, "byteorder", b"little")]
+        pickled = _state_dict(specs) if pickled is None else pickled
+        first = [self._small(stem, "data.pkl", pickled), self._small(stem, "byteorder", b"little")]
         data = [_Entry(f"{stem}/data/{i}".encode(), spec.nbytes, None) for i, spec in enumerate(specs)]
         self._entries = [*first, *data, self._small(stem, "version", b"3\n")]
         self._records = {spec.name: entry for spec, entry in zip(specs, data, strict=True)}

@@ -16,10 +16,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from .dtypes import DType
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -36,7 +34,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def numel(self) -> int:
@@ -54,7 +52,7 @@ class StoredTensor:
     name: str
     path: Path
     offset: int
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 

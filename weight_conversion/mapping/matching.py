@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import ConversionError, shown
 from ..files.copying import Move
+from ..files.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from ..files.views import StoredTensor, TensorSpec
 from ..folders.grid import Grid, Group
 from ..folders.internevo_folder import TrainingCheckpoint
 from .rules import IndivisibleError, ModelShape, Rule
 from .table import Entry, Layout, Table
 
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHT_DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
 
 
 Parts = Sequence[Sequence[StoredTensor]]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from ..errors import ConversionError, naming, shown
+from ..files.casting import Array, Loss
 from ..files.copying import Copier, Move, Task
+from ..files.dtypes import BFLOAT16, FLOAT16, DType
 from ..files.safetensors_file import read_header
 from ..files.views import TensorSpec
 from ..folders.hf_folder import (
@@ -52,7 +54,7 @@ class ConvertRequest:
     source: Path
     target: Path
     tokenizer: Path
-    dtype: torch.dtype
+    dtype: DType
     max_shard: int
     max_position_embeddings: int
     dynamic_factor: float | None
@@ -182,7 +184,7 @@ def _check_replicas(source: _Source) -> None:
         )
 
 
-def _hf_specs(source: _Source, dtype: torch.dtype) -> list[TensorSpec]:
+def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
     named = [pair for entry, _ in source.parts for pair in zip(entry.hf, entry.hf_shapes, strict=True)]
     return [TensorSpec(name, shape, dtype) for name, shape in named]
 
@@ -217,7 +219,7 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
     tensors = weights.tensors
     tasks: list[Task] = [
         [
-            replace(move, transform=_normalized_rows) if source.normalizes_head and move.full.name in HEADS else move
+            replace(move, transform=_normalize_rows) if source.normalizes_head and move.full.name in HEADS else move
             for move in Match(entry, [tensors[name] for name in entry.hf], copies[:1]).moves(source.shape)
         ]
         for entry, copies in source.parts
@@ -226,7 +228,8 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
     for writer in weights.writers:
         writer.create()
     with reporter.progress("converting", total) as progress:
-        Copier(progress).gather(tasks)
+        losses = Copier(progress).gather(tasks)
+    _judge(losses, request, reporter)
     if request.verify:
         for writer in weights.writers:
             if read_header(writer.path) != writer.tensors:
@@ -239,12 +242,33 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
                 )
 
 
+def _judge(losses: Mapping[str, Loss], request: ConvertRequest, reporter: Reporter) -> None:
+    """ConversionError where finite numbers became infinite; a warning where numbers became zero."""
+    overflowed = {name: loss.overflowed for name, loss in losses.items() if loss.overflowed}
+    if overflowed:
+        named = [f"{shown(name)} ({count})" for name, count in sorted(overflowed.items())[:5]]
+        more = f" and {len(overflowed) - 5} more" if len(overflowed) > 5 else ""
+        raise ConversionError(
+            f"{request.source}: {sum(overflowed.values())} numbers are too large for {request.dtype.name} and would "
+            f"become infinite, in {len(overflowed)} tensors: {', '.join(named)}{more}. "
+            f"{LARGER_TYPES.get(request.dtype, 'No type that can be written holds them.')}"
+        )
+    vanished = [loss.vanished for loss in losses.values() if loss.vanished]
+    if vanished:
+        reporter.warn(
+            f"{sum(vanished)} numbers in {len(vanished)} tensors are too small for {request.dtype.name}: they are "
+            "written as zero."
+        )
+
+
+LARGER_TYPES = {FLOAT16: "Choose --dtype bfloat16 or float32.", BFLOAT16: "Choose --dtype float32."}
 HEADS = ("output.weight", "lm_head.weight")
 
 
-def _normalized_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, H] of length 1: what a model trained with norm_head multiplies by. In float32, rounded once."""
-    return torch.nn.functional.normalize(rows.float(), dim=-1)
+def _normalize_rows(rows: Array) -> None:
+    """Makes rows [n, H] of length 1, or leaves them zero: what a model trained with norm_head multiplies by."""
+    lengths = np.sqrt(np.einsum("nh,nh->n", rows, rows, dtype=np.float64))
+    np.divide(rows, np.maximum(lengths, 1e-12)[:, None], out=rows, casting="same_kind")
 
 
 def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[str, Any]:
@@ -252,7 +276,7 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
     shape, training = source.shape, source.checkpoint.config
     where = source.checkpoint.config_file
     rope = Rope(positive_number(training, "rope_base", where, DEFAULT_ROPE_BASE), request.dynamic_factor)
-    dtype = str(request.dtype).removeprefix("torch.")
+    dtype = request.dtype.name
     name = family.name
     modeling = f"modeling_{family.model_type}.{name}"
     return {

@@ -1,0 +1,195 @@
+"""Casts between floating-point types, bit by bit: one result on every processor, and what was lost on the way.
+
+    from        to                  how
+    bfloat16    float32             the upper half of its bits
+    float32     bfloat16            bits: half of the last place added, ties to even, cut off
+    float32     float16             a float addition that shifts the kept bits to the end rounds them, ties to even
+    float16     float32             table of all 65,536 values
+    16 bits     16 bits             table of all 65,536 values, made by way of float32
+    float64     any                 by way of float32, as torch does
+
+Numbers are rounded as torch rounds them, infinities and denormals included. What torch makes of a NaN depends on the
+processor and on where in a tensor it stands; here it is what torch's portable code makes of it: bfloat16 7fc0, float16
+7e00 with its sign; in float32 a NaN keeps its sign and payload and is quiet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+
+Array = NDArray[Any]
+Step = Callable[[Array, Array], None]
+"""Writes the second array, elements as unsigned integers of their size, from the first."""
+
+CHUNK = 1 << 14
+"""Elements that are cast at a time: with all temporary arrays they fit the first- and second-level caches."""
+
+INFINITY = {FLOAT64: 0x7FF << 52, FLOAT32: 0xFF << 23, FLOAT16: 0x1F << 10, BFLOAT16: 0xFF << 7}
+"""The bits of infinity; a magnitude above it is a NaN."""
+
+
+class Loss(NamedTuple):
+    """How many finite numbers became infinite, and how many that were not zero became zero."""
+
+    overflowed: int = 0
+    vanished: int = 0
+
+    def __add__(self, other: tuple[Any, ...]) -> Loss:
+        return Loss(self.overflowed + other[0], self.vanished + other[1])
+
+
+def unsigned(itemsize: int) -> np.dtype[Any]:
+    """Elements of this size as bits."""
+    return np.dtype(f"u{itemsize}")
+
+
+class Cast:
+    """Casts from one type to another. Has memory of its own to work in: each thread needs one."""
+
+    def __init__(self, source: DType, target: DType) -> None:
+        self._source, self._target = source, target
+        self._step = _step(source, target)
+        self._narrows = target.itemsize < source.itemsize or {source, target} == {FLOAT16, BFLOAT16}
+        self._magnitudes = np.empty(CHUNK, unsigned(target.itemsize))
+
+    def __call__(self, source: Array, target: Array) -> Loss:
+        """Writes target [n] from source [n], both as unsigned integers."""
+        loss = Loss()
+        for begin in range(0, len(source), CHUNK):
+            piece, result = source[begin : begin + CHUNK], target[begin : begin + CHUNK]
+            self._step(piece, result)
+            if self._narrows:
+                loss += self._lost(piece, result)
+        return loss
+
+    def _lost(self, source: Array, target: Array) -> Loss:
+        magnitudes = np.left_shift(target, 1, out=self._magnitudes[: len(target)])  # without the sign
+        infinity = 2 * INFINITY[self._target]
+        overflowed = vanished = 0
+        if magnitudes.max() >= infinity:
+            was_finite = source << 1 < 2 * INFINITY[self._source]
+            overflowed = int(np.count_nonzero(was_finite & (magnitudes >= infinity)))
+        if not magnitudes.min():
+            vanished = int(np.count_nonzero(source << 1)) - int(np.count_nonzero(magnitudes))
+        return Loss(overflowed, vanished)
+
+
+def _step(source: DType, target: DType) -> Step:
+    if source is FLOAT64:
+        return _by_way_of_float32(_step(FLOAT32, target))
+    if source is target:
+        return _copy
+    if source is FLOAT32:
+        return _Float32ToBfloat16() if target is BFLOAT16 else _Float32ToFloat16()
+    if (source, target) == (BFLOAT16, FLOAT32):
+        return _widen_bfloat16
+    return _ByTable(_table(source, target))
+
+
+class _ByTable:
+    def __init__(self, table: Array) -> None:
+        self._table = table
+
+    def __call__(self, source: Array, target: Array) -> None:
+        np.take(self._table, source, out=target, mode="clip")  # "clip" needs no check and no copy
+
+
+@cache
+def _table(source: DType, target: DType) -> Array:
+    """What each of the 65,536 values of a 16-bit type becomes."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(1 << 16, np.uint32)
+    (_widen_bfloat16 if source is BFLOAT16 else _widen_float16)(every, wide)
+    if target is FLOAT32:
+        return wide
+    table = np.empty(1 << 16, np.uint16)
+    step = _step(FLOAT32, target)
+    for begin in range(0, 1 << 16, CHUNK):
+        step(wide[begin : begin + CHUNK], table[begin : begin + CHUNK])
+    return table
+
+
+def _copy(bits: Array, out: Array) -> None:
+    np.copyto(out, bits)
+
+
+def _widen_bfloat16(bits: Array, out: Array) -> None:
+    np.copyto(out, bits)
+    np.left_shift(out, 16, out=out)
+
+
+def _widen_float16(bits: Array, out: Array) -> None:
+    np.copyto(out.view(np.float32), bits.view(np.float16))
+    nan = bits & 0x7FFF > INFINITY[FLOAT16]
+    sign, payload = (bits & 0x8000).astype(np.uint32), (bits & 0x3FF).astype(np.uint32)
+    np.copyto(out, sign << 16 | 0x7FC00000 | payload << 13, where=nan)
+
+
+def _by_way_of_float32(step: Step) -> Step:
+    wide = np.empty(CHUNK, np.uint32)
+
+    def cast(bits: Array, out: Array) -> None:
+        middle = wide[: len(bits)]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(middle.view(np.float32), bits.view(np.float64), casting="same_kind")
+        step(middle, out)
+
+    return cast
+
+
+class _Float32ToBfloat16:
+    def __init__(self) -> None:
+        self._bits = np.empty(CHUNK, np.uint32)
+
+    def __call__(self, source: Array, target: Array) -> None:
+        bits = self._bits[: len(source)]
+        np.right_shift(source, 16, out=bits)
+        np.bitwise_and(bits, 1, out=bits)
+        np.add(bits, source, out=bits)
+        np.add(bits, 0x7FFF, out=bits)
+        np.right_shift(bits, 16, out=target, dtype=np.uint32, casting="unsafe")
+        for nan in _where_nan(source, bits):
+            np.copyto(target, 0x7FC0, where=nan)
+
+
+class _Float32ToFloat16:
+    """With 2^13 times the power of two below it added, a float32 ends with the bits that float16 keeps.
+
+    So the addition rounds it, as the processor rounds. The power of two is at least that of float16's denormals. What
+    float16 has no number for is cut to 2^16 before, whose result is infinity.
+    """
+
+    def __init__(self) -> None:
+        self._magnitude, self._power = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+
+    def __call__(self, source: Array, target: Array) -> None:
+        magnitude, power = self._magnitude[: len(source)], self._power[: len(source)]
+        np.bitwise_and(source, 0x7FFFFFFF, out=magnitude)
+        np.minimum(magnitude, (127 + 16) << 23, out=magnitude)
+        np.bitwise_and(magnitude, 0xFF << 23, out=power)
+        np.maximum(power, (127 - 14) << 23, out=power)
+        np.add(power, 13 << 23, out=power)
+        np.add(magnitude.view(np.float32), power.view(np.float32), out=magnitude.view(np.float32))
+        np.subtract(magnitude, power, out=magnitude)  # the significand, with the bit that float16 leaves out
+        np.subtract(power, (127 - 14 + 13) << 23, out=power)
+        np.right_shift(power, 13, out=power)  # the exponent where float16 has it, less one
+        np.add(magnitude, power, out=magnitude)
+        np.right_shift(source, 16, out=power)
+        np.bitwise_and(power, 0x8000, out=power)
+        np.bitwise_or(magnitude, power, out=target, dtype=np.uint32, casting="unsafe")
+        for nan in _where_nan(source, power):
+            np.bitwise_or(target & 0x8000, 0x7E00, out=target, where=nan)
+
+
+def _where_nan(source: Array, work: Array) -> Iterator[Array]:
+    """Where a float32 is NaN; nothing if nowhere, which costs little."""
+    np.left_shift(source, 1, out=work)
+    if work.max() > 2 * INFINITY[FLOAT32]:
+        yield work > 2 * INFINITY[FLOAT32]
