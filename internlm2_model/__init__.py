@@ -10,6 +10,7 @@ from .modeling_internlm2 import (
     InternLM2Model,
 )
 from .tokenization_internlm2 import InternLM2Tokenizer
+from .tokenization_internlm2_fast import InternLM2TokenizerFast
 
 __all__ = [
     "InternLM2Config",
@@ -20,4 +21,5 @@ __all__ = [
     "InternLM2ForTokenClassification",
     "InternLM2Model",
     "InternLM2Tokenizer",
+    "InternLM2TokenizerFast",
 ]

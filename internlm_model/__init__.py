@@ -7,6 +7,7 @@ from .modeling_internlm import (
     InternLMModel,
 )
 from .tokenization_internlm import InternLMTokenizer
+from .tokenization_internlm_fast import InternLMTokenizerFast
 
 __all__ = [
     "InternLMConfig",
@@ -16,4 +17,5 @@ __all__ = [
     "InternLMForTokenClassification",
     "InternLMModel",
     "InternLMTokenizer",
+    "InternLMTokenizerFast",
 ]

@@ -10,6 +10,7 @@ The file stands alone: it needs nothing of this folder, and no torch.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable
@@ -19,10 +20,47 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer
 
+_logger = logging.getLogger(__name__)
 
-class InternLMTokenizer(PreTrainedTokenizer):
+
+class SequenceMixin:
+    """What stands around a sequence, the same for the slow and the fast tokenizer."""
+
+    add_bos_token: bool
+    add_eos_token: bool
+
+    def build_inputs_with_special_tokens(
+        self: Any, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Return `<s> first second </s>`, with each end token only where it is switched on."""
+        start = [self.bos_token_id] if self.add_bos_token else []
+        end = [self.eos_token_id] if self.add_eos_token else []
+        return start + token_ids_0 + (token_ids_1 or []) + end
+
+    def get_special_tokens_mask(
+        self: Any,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return 1 for every special token and 0 for every other token, one number per token of the sequence."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)  # type: ignore[misc]
+        content = [0] * (len(token_ids_0) + len(token_ids_1 or []))
+        return [1] * self.add_bos_token + content + [1] * self.add_eos_token
+
+    def create_token_type_ids_from_sequences(
+        self: Any, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Return zeros: InternLM has no segment embedding."""
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+
+class InternLMTokenizer(SequenceMixin, PreTrainedTokenizer):
     """SentencePiece tokenizer of the InternLM models (103168 pieces; ids 0, 1, 2 are `<unk>`, `<s>`, `</s>`).
 
     Args:
@@ -66,7 +104,6 @@ class InternLMTokenizer(PreTrainedTokenizer):
         self._piece_ids = {piece: index for index, piece in enumerate(self._pieces)}
         self._unk_index = self.sp_model.unk_id()
         saved = _saved_settings(Path(vocab_file))
-        self._tokens_of_fast_file = _token_settings(saved)
         self.add_bos_token = saved.get("add_bos_token", True) if add_bos_token is None else add_bos_token
         self.add_eos_token = saved.get("add_eos_token", False) if add_eos_token is None else add_eos_token
         super().__init__(
@@ -106,6 +143,14 @@ class InternLMTokenizer(PreTrainedTokenizer):
         added, pieces, unk = self._added_tokens_encoder, self._piece_ids, self._unk_index
         return [added[token] if token in added else pieces.get(token, unk) for token in tokens]
 
+    def _encode_plus(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
+        if return_offsets_mapping:  # transformers 5 drops it
+            raise NotImplementedError(
+                f"{type(self).__name__} has no return_offsets_mapping; load a folder that holds tokenizer.json with "
+                "AutoTokenizer, which gives the fast tokenizer, or with PreTrainedTokenizerFast."
+            )
+        return super()._encode_plus(*args, **kwargs)
+
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
@@ -136,55 +181,29 @@ class InternLMTokenizer(PreTrainedTokenizer):
             return super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces=True, **kwargs)
         # The base class of transformers 4 looks the special tokens up again for every token, and sets added tokens
         # apart with spaces that the text never had.
-        hidden = set(self.all_special_ids) if skip_special_tokens else ()
+        special = (index for index, token in self._added_tokens_decoder.items() if token.special)
+        hidden = {*self.all_special_ids, *special} if skip_special_tokens else ()
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         return self.convert_tokens_to_string(self.convert_ids_to_tokens([i for i in ids if i not in hidden]))
 
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """Return `<s> first second </s>`, with each end token only where it is switched on."""
-        start = [self.bos_token_id] if self.add_bos_token else []
-        end = [self.eos_token_id] if self.add_eos_token else []
-        return start + token_ids_0 + (token_ids_1 or []) + end
-
-    def get_special_tokens_mask(
-        self,
-        token_ids_0: list[int],
-        token_ids_1: list[int] | None = None,
-        already_has_special_tokens: bool = False,
-    ) -> list[int]:
-        """Return 1 for every special token and 0 for every other token, one number per token of the sequence."""
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        content = [0] * (len(token_ids_0) + len(token_ids_1 or []))
-        return [1] * self.add_bos_token + content + [1] * self.add_eos_token
-
-    def create_token_type_ids_from_sequences(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """Return zeros: InternLM has no segment embedding."""
-        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
-
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copy `tokenizer.model` into a folder and return the path written."""
-        name = self.vocab_files_names["vocab_file"]
-        target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
         source = Path(self.vocab_file)
-        if not source.is_file():  # unpickled elsewhere: only the loaded model is left
-            target.write_bytes(self.sp_model.serialized_model_proto())
-        elif source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+        if source.is_file():
+            return (copy_vocabulary(source, save_directory, filename_prefix),)
+        target = _vocabulary_path(save_directory, filename_prefix)  # unpickled elsewhere: only the loaded model is left
+        target.write_bytes(self.sp_model.serialized_model_proto())
         return (str(target),)
 
     def _save_pretrained(
         self, save_directory: str | PathLike[str], file_names: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
         config = Path(file_names[0])
-        settings = _complete_settings(config, self)
+        complete_settings(config, self)
         written = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
-        still_true = _token_settings(settings) == self._tokens_of_fast_file
-        return written + _save_fast_file(Path(self.vocab_file), config, still_true)
+        source = Path(self.vocab_file).with_name("tokenizer.json")
+        target = config.with_name(config.name.replace("tokenizer_config", "tokenizer"))
+        return written + _save_fast_file(source, target, self)
 
 
 class _Cutter:
@@ -213,9 +232,9 @@ def _saved_settings(vocab_file: Path) -> dict[str, Any]:
     return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
-def _complete_settings(config: Path, tokenizer: InternLMTokenizer) -> dict[str, Any]:
+def complete_settings(config: Path, tokenizer: SequenceMixin, **more: Any) -> dict[str, Any]:
     """Add to a saved tokenizer_config.json what is missing, and return what it says now."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = json.loads(config.read_text(encoding="utf-8")) | more
     settings["add_bos_token"] = tokenizer.add_bos_token
     settings["add_eos_token"] = tokenizer.add_eos_token
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -224,23 +243,71 @@ def _complete_settings(config: Path, tokenizer: InternLMTokenizer) -> dict[str, 
     return settings
 
 
+def _vocabulary_path(folder: str, prefix: str | None) -> Path:
+    return Path(folder) / (f"{prefix}-tokenizer.model" if prefix else "tokenizer.model")
+
+
+def copy_vocabulary(source: Path, folder: str, prefix: str | None) -> str:
+    """Copy a tokenizer.model into a folder and return its path there."""
+    target = _vocabulary_path(folder, prefix)
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+    return str(target)
+
+
 # Readers without this code, transformers 5.3 to 5.11 among them, need tokenizer.json; the base class does not save it.
 
 
-def _save_fast_file(vocab_file: Path, config: Path, still_true: bool) -> tuple[str, ...]:
-    """Copy the tokenizer.json beside `vocab_file` to beside `config` and return its path; if it is not true of the
-    tokens any more, remove one that lies there, for it would be believed.
+def _save_fast_file(source: Path, target: Path, slow: InternLMTokenizer) -> tuple[str, ...]:
+    """Save the tokenizer.json of the folder that `slow` came from, with the tokens and settings that it has by now.
+
+    Return the path written. One that would not be true of `slow` is left out with a warning, and removed where it lies,
+    for it would be believed.
     """
-    source = vocab_file.with_name("tokenizer.json")
-    target = config.with_name(config.name.replace("tokenizer_config", "tokenizer"))
-    if not still_true or not source.is_file():
+    if not source.is_file():
         target.unlink(missing_ok=True)
         return ()
-    if source.resolve() != target.resolve():
+    fast = tokenizers.Tokenizer.from_file(str(source))
+    before = fast.to_str()
+    reason = _bring_up_to_date(fast, slow)
+    if reason is not None:
+        _logger.warning("%s was left out, because %s; the folder gives the slow tokenizer only.", target, reason)
+        target.unlink(missing_ok=True)
+        return ()
+    if fast.to_str() != before:
+        fast.save(str(target))
+    elif source.resolve() != target.resolve():
         shutil.copyfile(source, target)
     return (str(target),)
 
 
-def _token_settings(settings: dict[str, Any]) -> tuple[Any, ...]:
-    added = {index: token["content"] for index, token in settings.get("added_tokens_decoder", {}).items()}
-    return added, settings.get("add_bos_token"), settings.get("add_eos_token")
+def _bring_up_to_date(fast: tokenizers.Tokenizer, slow: InternLMTokenizer) -> str | None:
+    """Give `fast` the added tokens and the start and end tokens of `slow`; say what it cannot follow, or None."""
+    known = fast.get_added_tokens_decoder()
+    for index, token in sorted(slow.added_tokens_decoder.items()):
+        if index in known and (known[index].content, known[index].special) == (token.content, token.special):
+            continue
+        (fast.add_special_tokens if token.special else fast.add_tokens)([token])
+        if fast.token_to_id(token.content) != index:
+            return f"{token.content!r} cannot have the id {index} in it"
+    fast.post_processor = around_sequence(slow)
+    names = [token.content for token in slow.added_tokens_decoder.values()]
+    for text in ["", *(text for name in names for text in (name, f"a{name}b", f" {name} {name}\n", name + name))]:
+        expected = slow(text)["input_ids"]
+        if fast.encode(text).ids != expected:
+            return f"the text {text!r} becomes other ids in it"
+        if fast.decode(expected, skip_special_tokens=False) != slow.decode(expected):
+            return f"the ids of the text {text!r} become another text in it"
+    return None
+
+
+def around_sequence(tokenizer: Any, bos: bool | None = None, eos: bool | None = None) -> TemplateProcessing:
+    """Put `bos_token` before and `eos_token` after every sequence; None: as `tokenizer` does."""
+    start = tokenizer.bos_token if (tokenizer.add_bos_token if bos is None else bos) else None
+    end = tokenizer.eos_token if (tokenizer.add_eos_token if eos is None else eos) else None
+    names = dict.fromkeys(name for name in (start, end) if name is not None)
+    return TemplateProcessing(
+        single=[name for name in (start, "$A", end) if name is not None],
+        pair=[name for name in (start, "$A", "$B", end) if name is not None],
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
+    )

@@ -27,12 +27,17 @@ TOOL_TEXT = (
 CALL = '<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": "Köln"}}<|action_end|>'
 
 
-def small_tokenizer(family: str, folder: Path) -> Any:
-    """A small tokenizer whose chat tokens lie on its own unused pieces."""
+def small_spec(family: str, model: Path) -> tuple[TokenizerSpec, Path]:
+    """Train a tokenizer whose chat tokens lie on its own unused pieces."""
     spec: TokenizerSpec = SPECS[family]
-    train_tokenizer(folder / "trained.model", 400, user_defined_symbols=[token.piece for token in spec.chat_tokens])
+    train_tokenizer(model, 400, user_defined_symbols=[token.piece for token in spec.chat_tokens])
     tokens = tuple(replace(token, id=3 + offset) for offset, token in enumerate(spec.chat_tokens))
-    assert Tokenizer.read(folder / "trained.model").write(folder, replace(spec, chat_tokens=tokens), chat=True) == []
+    return replace(spec, chat_tokens=tokens), model
+
+
+def small_tokenizer(family: str, folder: Path) -> Any:
+    spec, model = small_spec(family, folder / "trained.model")
+    assert Tokenizer.read(model).write(folder, spec, chat=True) == []
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -12,7 +12,8 @@ write is refused: other roles, other parts, and in InternLM, which was never tau
 _TEXT = (
     "{% macro text(message) %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% elif message['content'] is defined and message['content'] is iterable and message['content'] is not mapping %}"
+    "{% elif message['content'] is defined and message['content'] is iterable "
+    "and message['content'] is not mapping %}"
     "{% for part in message['content'] %}"
     "{% if part is string %}{{ part }}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}"

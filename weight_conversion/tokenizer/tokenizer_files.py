@@ -6,14 +6,14 @@
     tokenizer.json            the fast form, written only after it gave the same ids and text as the model
     chat_template.jinja       with chat only; transformers 5 reads this one, older tools the copy in the config
 
-`auto_map` names the slow class and no fast one: with one, transformers 5 would build a fast tokenizer by itself and get
-the ids wrong. Without one, each version takes the slow class or tokenizer.json, and both are right.
+`auto_map` names the slow class and, where there is a tokenizer.json, the fast one that reads it, which is what every
+version then takes. Transformers 5.3 to 5.11 read tokenizer.json with their own class in the place of InternLM2's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,36 +128,39 @@ class Tokenizer:
         `check_chat` must have passed if `chat`.
         """
         special = self._special_tokens(spec, chat)
-        (folder / "tokenizer.model").write_bytes(self._model.data)
-        _write_json(folder / "special_tokens_map.json", _special_tokens_map(spec, chat))
-        _write_json(folder / TOKENIZER_CONFIG, self._config(spec, chat))
-        if chat:
-            (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
-        warnings = []
-        if self._left_out:
-            warnings.append(
-                f"the tokens that {self._model.path.parent} adds to its tokenizer.model were left out: "
-                f"{', '.join(self._left_out)}. Add them to the new tokenizer with add_tokens, in this order."
-            )
         reason = obstacle(self._model)
         if reason is None:
             text = tokenizer_json(self._model, special)
             reason = first_difference(text, self._model, special)
         if reason is None:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-            return warnings
-        return [
-            *warnings,
-            f"tokenizer.json was left out, because {reason}; "
-            "the tokenizer then needs trust_remote_code=True and is the slow one.",
-        ]
+        (folder / "tokenizer.model").write_bytes(self._model.data)
+        _write_json(folder / "special_tokens_map.json", _special_tokens_map(spec, chat))
+        _write_json(folder / TOKENIZER_CONFIG, self._config(spec, chat, fast=reason is None))
+        if chat:
+            (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+        return list(self._warnings(reason))
+
+    def _warnings(self, reason: str | None) -> Iterator[str]:
+        if self._left_out:
+            yield (
+                f"the tokens that {self._model.path.parent} adds to its tokenizer.model were left out: "
+                f"{', '.join(self._left_out)}. Add them to the new tokenizer with add_tokens, in this order."
+            )
+        if reason is not None:
+            yield (
+                f"tokenizer.json was left out, because {reason}; "
+                "the tokenizer then needs trust_remote_code=True and is the slow one."
+            )
 
     def _special_tokens(self, spec: TokenizerSpec, chat: bool) -> SpecialTokens:
         chat_names = {token.id: token.content for token in spec.chat_tokens} if chat else {}
         return SpecialTokens(names={0: UNK, 1: BOS, 2: EOS} | chat_names, bos=BOS)
 
-    def _config(self, spec: TokenizerSpec, chat: bool) -> dict[str, Any]:
+    def _config(self, spec: TokenizerSpec, chat: bool, fast: bool) -> dict[str, Any]:
         special = self._special_tokens(spec, chat)
+        slow_class = f"{spec.module}.{spec.class_name}"
+        fast_class = f"{spec.module}_fast.{spec.class_name}Fast" if fast else None
         config = {
             "add_bos_token": True,
             "add_eos_token": False,
@@ -173,7 +176,7 @@ class Tokenizer:
                 }
                 for index, name in special.names.items()
             },
-            "auto_map": {"AutoTokenizer": [f"{spec.module}.{spec.class_name}", None]},
+            "auto_map": {"AutoTokenizer": [slow_class, fast_class]},
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],  # else the fast class adds token_type_ids
             "model_max_length": _NO_LIMIT,
