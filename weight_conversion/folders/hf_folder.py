@@ -207,6 +207,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 def code_files(package: Path, model_type: str) -> list[Path]:
     """The modules that a folder needs beside its weights; ConversionError where the installation lacks one."""
     needed = {f"{kind}_{model_type}.py" for kind in ("configuration", "modeling", "tokenization", "chat", "compat")}
+    needed.add(f"tokenization_{model_type}_fast.py")
     modules = sorted(path for path in package.glob("*.py") if path.name != "__init__.py")
     missing = sorted(needed - {path.name for path in modules if path.is_file()})
     if missing:
