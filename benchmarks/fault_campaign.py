@@ -28,7 +28,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tests.faults import fault_moments as moments  # noqa: E402
 from tests.faults.fault_harness import quick_folder, train_quick_tokenizer  # noqa: E402
-from tests.faults.fuzzing import Subject, check_layout, payload, random_layout, structure, with_cut, with_flip  # noqa: E402
+from tests.faults.fuzzing import KINDS, Subject, check_layout, payload, random_layout, structure, with_cut, with_flip  # noqa: E402
+from tests.faults.hostile_pickles import EXHAUSTING, HOSTILE, hostile_surroundings, in_dict, write_archive  # noqa: E402
+from weight_conversion.signals import ENDING  # noqa: E402
 
 FAMILIES = ("internlm", "internlm2")
 BROKEN = "BROKEN"
@@ -86,6 +88,14 @@ def damage(arguments: argparse.Namespace, random: Random, tokenizer: Path) -> It
                 path = random.choice(subject.weights + subject.settings)
                 _try(cuts, subject, path, with_cut(path, length := random.randrange(path.stat().st_size)), f"{length}")
             yield cuts
+            others = Line(f"{what}: {', '.join(KINDS)} for a file")
+            for subject in subjects:
+                for path in subject.weights + subject.settings:
+                    for kind, make in KINDS.items():
+                        others.add(f"{path} {kind}", lambda: [subject.check_replaced(path, make)])  # noqa: B023
+            yield others
+            if kind != "safetensors":
+                yield pickles(what, subjects)
             for group, name in (
                 ("weights", "of the weight files outside tensors"),
                 ("settings", "of index and config"),
@@ -108,6 +118,28 @@ def damage(arguments: argparse.Namespace, random: Random, tokenizer: Path) -> It
                 yield tensors
 
 
+def pickles(what: str, subjects: list[Subject]) -> Line:
+    """Pickles that run code in an ordinary unpickler, and those that exhaust one, for each file of a source."""
+    line = Line(f"{what}: a pickle that runs code, or never ends, for a file")
+    for subject in subjects:
+        for path in subject.weights:
+            for name, make in {**HOSTILE, **EXHAUSTING}.items():
+                with (
+                    quick_folder() as folder,
+                    hostile_surroundings(folder, on_import=name.startswith("import")) as mark,
+                ):
+                    for pickled in (make(mark), in_dict(make(mark))):
+                        content = write_archive(folder / "archive", pickled).read_bytes()
+
+                        def check() -> list[str]:
+                            verdict = subject.check(path, content)  # noqa: B023 - called at once
+                            assert not mark.exists()
+                            return [verdict]
+
+                        line.add(f"{path} {name}", check)
+    return line
+
+
 def tokenizers(count: int, random: Random, tokenizer: Path) -> Iterable[Line]:
     """Changed bytes of a tokenizer.model."""
     line = Line("tokenizer.model: a random byte changed")
@@ -125,28 +157,38 @@ def _try(line: Line, subject: Subject, path: Path, content: bytes, description: 
 
 
 def disturbances(arguments: argparse.Namespace, tokenizer: Path) -> Iterable[Line]:
-    """Kills, interrupts and errors at every file operation, and signals at random moments."""
+    """Kills, signals and errors at every file operation, signals at random moments and while one never returns."""
     errors = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
     for direction in moments.COMMANDS:
         killed = Line(f"{direction}: SIGKILL before each file operation, with and without --force")
-        interrupted = Line(f"{direction}: SIGINT before each file operation, with and without --force")
         failing = Line(f"{direction}: each file operation fails, {', '.join(errors)}, with and without --force")
+        signalled = {
+            number: Line(f"{direction}: {number.name} before each file operation, with and without --force")
+            for number in ENDING
+        }
         for family in FAMILIES:
             for force in (False, True):
                 case = (direction, force)
                 _at_moments(killed, family, tokenizer, moments.killed_before_operations, *case, arguments.one_in)
-                _at_moments(
-                    interrupted, family, tokenizer, moments.interrupted_before_operations, *case, arguments.one_in
-                )
+                for number, line in signalled.items():
+                    _at_moments(
+                        line, family, tokenizer, moments.signalled_before_operations, *case, number, arguments.one_in
+                    )
                 for error in errors.values():
                     _at_moments(
                         failing, family, tokenizer, moments.failing_at_operations, *case, error, arguments.one_in
                     )
-        yield from (killed, interrupted, failing)
-        for number in (signal.SIGKILL, signal.SIGINT):
+        yield from (killed, *signalled.values(), failing)
+        seed = arguments.seed
+        for number in (signal.SIGKILL, *ENDING):
             line = Line(f"{direction}: {number.name} at a random moment")
-            count, seed = arguments.random, arguments.seed
-            _at_moments(line, "internlm2", tokenizer, moments.signalled_at_random, direction, number, count, seed)
+            case = (direction, number, arguments.random, seed)
+            _at_moments(line, "internlm2", tokenizer, moments.signalled_at_random, *case)
+            yield line
+        for number in ENDING:
+            line = Line(f"{direction}: {number.name} while a random file operation never returns")
+            case = (direction, number, arguments.hanging, seed)
+            _at_moments(line, "internlm2", tokenizer, moments.signalled_while_hanging, *case)
             yield line
 
 
@@ -202,6 +244,7 @@ def main() -> int:
     add("--tokenizers", type=int, default=1000, help="changed bytes of a tokenizer.model")
     add("--one_in", type=int, default=1, help="disturb one in so many file operations")
     add("--random", type=int, default=500, help="signals at random moments, for each direction and signal")
+    add("--hanging", type=int, default=50, help="operations that never return, for each direction and signal")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=REPOSITORY / "benchmarks" / "FAULTS.md")
     arguments = parser.parse_args()

@@ -170,6 +170,26 @@ def signalled_at_random(place: Place, direction: str, number: int, runs: int, se
     return verdicts
 
 
+def signalled_while_hanging(place: Place, direction: str, number: int, runs: int, seed: int) -> list[str]:
+    """A file operation never returns, as on a disk that is gone, and a signal asks the run to end."""
+    command, random = COMMANDS[direction], Random(seed)
+    result, verdicts = expected_result(place, command), []
+    operations = count_operations(*command(place), place.root)
+    shutil.rmtree(place.target)
+    for _ in range(runs):
+        child = Child(*command(place), Conditions(place.root, wait_at=random.randint(1, operations)))
+        child.until("waiting")
+        child.send(number)
+        outcome = child.end()
+        complete = _assert_nothing_lost(place, {}, result)
+        assert outcome.status == 128 + number, outcome
+        assert outcome.sentences[-1].endswith("--tgt is as it was before, or complete"), outcome
+        assert _hidden(place) == []
+        shutil.rmtree(place.target, ignore_errors=True)
+        verdicts.append(COMPLETE if complete else AS_BEFORE)
+    return verdicts
+
+
 def _disturbed(
     place: Place, direction: str, force: bool, one_in: int, conditions: Callable[[int], Conditions]
 ) -> Iterator[tuple[Outcome, bool]]:

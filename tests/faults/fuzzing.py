@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import socket
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -201,12 +204,21 @@ class Subject:
         setting    all weights are as without the change, but a setting that nothing confirms is another
         pieces     all but the tokenizer is as without the change; that is copied as it is
         """
-        original = path.read_bytes()
-        path.write_bytes(content)
+        return self.check_replaced(path, lambda place: place.write_bytes(content))
+
+    def check_replaced(self, path: Path, make: Callable[[Path], object]) -> str:
+        """The same while `path` is what `make` makes there."""
+        aside = path.with_name(".aside")
+        path.rename(aside)
         try:
+            make(path)
             outcome = run_script(*self._command())
         finally:
-            path.write_bytes(original)
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+            aside.rename(path)
         target = self._root / "target"
         if outcome.status:
             assert_refused(outcome)
@@ -225,6 +237,23 @@ class Subject:
         assert path in self.settings, f"{path.name} damaged: {sorted(different)} differ"
         assert different == {"model_config.pt"}, different
         return "setting"
+
+
+def _make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "FIFO": os.mkfifo,
+    "socket": _make_socket,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "nothing": lambda path: None,
+}
+"""What can stand where a file is expected."""
 
 
 def structure(path: Path) -> list[int]:

@@ -80,6 +80,22 @@ HOSTILE: dict[str, Callable[[Path], bytes]] = {
 }
 
 
+_DOUBLED = b")" + b"2\x86" * 60
+"""A tuple of itself twice, sixty times over: small in memory, without end for all that walks through it."""
+
+EXHAUSTING: dict[str, Callable[[Path], bytes]] = {
+    "a million tuples in each other": lambda marker: b"\x80\x02)" + b"\x85" * 10**6 + b".",
+    "a million lists in each other": lambda marker: b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "a tuple that doubles itself": lambda marker: b"\x80\x02" + _DOUBLED + b".",
+    "a tuple that doubles itself, as a key": lambda marker: b"\x80\x02}" + _DOUBLED + b"Ns.",
+    "a tuple that doubles itself, as a size": lambda marker: b"\x80\x02}" + _text("num_layers") + _DOUBLED + b"s.",
+    "a number of a million digits": lambda marker: (
+        b"\x80\x02}" + _text("num_layers") + b"\x8b" + (415_000).to_bytes(4, "little") + b"\x11" * 415_000 + b"s."
+    ),
+}
+"""Pickles that crash or hang what hashes, compares or prints what they build. They need no marker."""
+
+
 def _text(text: str) -> bytes:
     content = text.encode()
     return b"X" + len(content).to_bytes(4, "little") + content

@@ -53,6 +53,7 @@ from tests.faults.fault_moments import (
     others_of,
     signalled_at_random,
     signalled_before_operations,
+    signalled_while_hanging,
 )
 from tests.faults.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, write_archive
 from tests.support.checkpoints import Shape, build, save_model_config
@@ -989,23 +990,13 @@ def test_killed_at_random_moments(direction: str, number: int, place: Place) -> 
     assert len(signalled_at_random(place, direction, number, 12, seed=number)) == 12
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("direction", COMMANDS)
+@pytest.mark.parametrize(
+    ("direction", "number"), [("convert", signal.SIGINT), ("revert", signal.SIGTERM), ("convert", signal.SIGHUP)]
+)
 def test_a_read_that_never_returns_does_not_keep_a_signal_from_ending_the_run(
     direction: str, number: int, place: Place
 ) -> None:
-    command = COMMANDS[direction]
-    before = snapshot(place.root, times=False)
-    operations = count_operations(*command(place), place.root)
-    shutil.rmtree(place.target)
-    for moment in (operations // 2, operations * 3 // 5):  # a thread waits for ever then
-        child = Child(*command(place), Conditions(place.root, wait_at=moment))
-        child.until("waiting")
-        child.send(number)
-        outcome = child.end()
-        assert outcome.status == 128 + number, outcome
-        assert outcome.sentences[-1].endswith("--tgt is as it was before, or complete")
-        assert snapshot(place.root, times=False) == before
+    assert len(signalled_while_hanging(place, direction, number, 2, seed=number)) == 2
 
 
 def test_a_signal_that_is_ignored_stays_so(place: Place) -> None:

@@ -46,7 +46,7 @@ BLOCK_BYTES = 1 << 20
 MAX_WORKERS = 4
 """More threads do not help: two saturate a disk, and four the memory bus of most machines."""
 THREAD_NAMES = "copying"
-POLL_SECONDS, PATIENCE_SECONDS = 0.25, 2.0
+POLL_SECONDS, PATIENCE_SECONDS = 0.25, 1.0
 """How often the main thread looks whether it is to end, and how long it then waits for threads that hang."""
 
 Transform = Callable[[Array], None]
