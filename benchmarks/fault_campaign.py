@@ -91,8 +91,8 @@ def damage(arguments: argparse.Namespace, random: Random, tokenizer: Path) -> It
             others = Line(f"{what}: {', '.join(KINDS)} for a file")
             for subject in subjects:
                 for path in subject.weights + subject.settings:
-                    for kind, make in KINDS.items():
-                        others.add(f"{path} {kind}", lambda: [subject.check_replaced(path, make)])  # noqa: B023
+                    for other, make in KINDS.items():
+                        others.add(f"{path} {other}", lambda: [subject.check_replaced(path, make)])  # noqa: B023
             yield others
             if kind != "safetensors":
                 yield pickles(what, subjects)
@@ -100,10 +100,11 @@ def damage(arguments: argparse.Namespace, random: Random, tokenizer: Path) -> It
                 ("weights", "of the weight files outside tensors"),
                 ("settings", "of index and config"),
             ):
-                flips = Line(f"{what}: every byte {name} changed, {arguments.masks} ways")
+                every = f"one in {arguments.one_byte_in} bytes" if arguments.one_byte_in > 1 else "every byte"
+                flips = Line(f"{what}: {every} {name} changed, {arguments.masks} ways")
                 for subject in subjects:
                     for path in getattr(subject, group):
-                        for position in structure(path):
+                        for position in structure(path)[:: arguments.one_byte_in]:
                             for mask in random.sample(range(1, 256), arguments.masks):
                                 _try(flips, subject, path, with_flip(path, position, mask), f"{position} {mask}")
                 if flips.verdicts:
@@ -202,6 +203,7 @@ def report(lines: list[Line], arguments: argparse.Namespace) -> str:
     import safetensors
     import torch
 
+    disturbed = "each file operation" if arguments.one_in == 1 else f"one in {arguments.one_in} file operations"
     words = " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name != "output")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, safetensors {safetensors.__version__}"
     broken = sum(line.verdicts[BROKEN] for line in lines)
@@ -216,7 +218,7 @@ def report(lines: list[Line], arguments: argparse.Namespace) -> str:
             "",
             "| what | tried | what happened | seconds |",
             "|---|---|---|---|",
-            *(line.row() for line in lines),
+            *(line.row().replace("each file operation", disturbed) for line in lines),
             "",
             "- refused: exit status 1, one sentence, nothing written and nothing left beside the target",
             "- exact: everything written is as without the damage, to the byte (the change was in padding, in fields "
@@ -240,6 +242,7 @@ def main() -> int:
     add("--layouts", type=int, default=2000, help="random layouts")
     add("--cuts", type=int, default=2000, help="cut files, for each kind of source")
     add("--masks", type=int, default=1, help="ways to change each byte of structure")
+    add("--one_byte_in", type=int, default=1, help="change one in so many bytes of structure")
     add("--payload", type=int, default=2000, help="changed bytes of tensors, for each kind of source with checksums")
     add("--tokenizers", type=int, default=1000, help="changed bytes of a tokenizer.model")
     add("--one_in", type=int, default=1, help="disturb one in so many file operations")

@@ -304,6 +304,8 @@ BAD_CHECKPOINTS: dict[str, tuple[Change, list[str]]] = {
         [D, "2 layers", "stage 1 has 1"],
     ),
     "a layer count that is not model_config's": (config(num_layers=3), ["model_config.pt", "num_layers = 3", "2"]),
+    "a layer count of no end": (config(num_layers=10**5000), ["num_layers = a whole number of about 5001 digits"]),
+    "a vocabulary of no end": (config(vocab_size=10**5000), ["vocab_size = a whole number of about 5001 digits"]),
     "another vocabulary in model_config": (config(vocab_size=129), ["vocab_size = 129", "128", A]),
     "another hidden size in model_config": (config(hidden_size=32), [A, "tok_embeddings.weight", "[128, 8]"]),
     "other heads in model_config": (config(num_attention_heads=2), [A, WQKV, "shape"]),

@@ -72,12 +72,14 @@ def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
     for path in files:
         for name, tensor in weights.read(path).items():
             if name in tensors:
-                raise ConversionError(f"tensor {name!r} is in {tensors[name].path} and in {path}. Remove one of them.")
+                raise ConversionError(
+                    f"tensor {shown(name)} is in {tensors[name].path} and in {path}. Remove one of them."
+                )
             tensors[name] = tensor
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
             raise ConversionError(
-                f"{folder / file} lacks tensor {name!r}, which {weights.single}{INDEX_SUFFIX} puts there."
+                f"{folder / file} lacks tensor {shown(name)}, which {weights.single}{INDEX_SUFFIX} puts there."
             )
     return HFFolder(folder, weights, config, tensors, _passed_over(folder, weights, weight_map, files))
 

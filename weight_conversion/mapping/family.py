@@ -73,7 +73,7 @@ def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout)
     config, where = checkpoint.config, checkpoint.config_file
     if config.get("num_layers", checkpoint.num_layers) != checkpoint.num_layers:
         raise ConversionError(
-            f"{where} says num_layers = {config['num_layers']}, but the shards in {checkpoint.folder} hold "
+            f"{where} says num_layers = {shown(config['num_layers'])}, but the shards in {checkpoint.folder} hold "
             f"{checkpoint.num_layers} layers. Shards are missing, or of another run."
         )
     heads = positive_integer(config, "num_attention_heads", where)
@@ -113,7 +113,7 @@ def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout:
         found = tensor.shape[dim] * (checkpoint.grid.size(row.rule.over) if dim == row.rule.dim else 1)
         if checkpoint.config.get(size, found) != found:
             raise ConversionError(
-                f"{checkpoint.config_file} says {size} = {checkpoint.config[size]}, but tensor "
+                f"{checkpoint.config_file} says {size} = {shown(checkpoint.config[size])}, but tensor "
                 f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}. "
                 "Shards are missing, or the file belongs to another checkpoint."
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError, listed, naming
+from ..errors import ConversionError, listed, naming, shown
 from ..files.copying import Copier, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
@@ -107,7 +107,7 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
     where = request.source / CONFIG
     if folder.config.get("model_type") != family.model_type:
         raise ConversionError(
-            f"{where} is of model_type {folder.config.get('model_type')!r}, expected {family.model_type!r}. "
+            f"{where} is of model_type {shown(folder.config.get('model_type'))}, expected {family.model_type!r}. "
             "Each family has its own script."
         )
     shape = hf_shape(folder.config, where)
