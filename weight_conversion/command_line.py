@@ -167,6 +167,21 @@ def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
     add("--src", type=file_name, required=True, help="Hugging Face folder")
     add("--tgt", type=file_name, required=True, help="folder to write the shards to")
     add("--tp_size", type=positive, required=True, help="tensor-parallel size: number of shards")
+    add("--pp_size", type=positive, default=1, help="pipeline size: stages that share the layers")
+    add("--num_chunks", type=positive, default=1, help="chunks of an interleaved pipeline")
+    add("--wp_size", type=positive, help="weight-parallel size of an isp run; without it the run is not isp")
+    add(
+        "--isp",
+        type=int,
+        choices=(2024, 2025),
+        default=2024,
+        help="files of isp: 2024 = model_tp*_wp*_pp*.pt, 2025 = model_wp*_pp*.pt; with --wp_size only",
+    )
+    add(
+        "--mlp_layer_fusion",
+        action="store_true",
+        help="the run has mlp_layer_fusion=True, with which isp cuts gate and up as one",
+    )
     if versions:
         add(
             "--version",
@@ -232,6 +247,11 @@ def run_revert(family: str, arguments: argparse.Namespace) -> int:
             source=arguments.src,
             target=arguments.tgt,
             tp_size=arguments.tp_size,
+            pp_size=arguments.pp_size,
+            num_chunks=arguments.num_chunks,
+            wp_size=arguments.wp_size,
+            isp=arguments.isp,
+            mlp_layer_fusion=arguments.mlp_layer_fusion,
             version=getattr(arguments, "version", 2),
             embed_split=arguments.embed_split,
             use_flash=arguments.use_flash,

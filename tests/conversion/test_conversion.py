@@ -56,7 +56,7 @@ def revert(family: str, source: Path, target: Path, tp: int, *more: str) -> None
 
 
 def shards(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("model_tp*_pp*.pt"))}
+    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("model_*p*_pp*.pt"))}
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -66,15 +66,24 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], tensor), name
 
 
+def with_both_names(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A shard that is the only one of its stage has a vocabulary-split embedding under the plain name too."""
+    return shard | {name.replace(".word_embeddings", ""): tensor for name, tensor in shard.items()}
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def names_of(folder: Path) -> tuple[str, int, list[str]]:
-    """Family, tensor-parallel size and revert's flags for a folder named as in ../shared."""
+    """Family, tensor-parallel size and revert's other flags for a folder named as in ../shared."""
     family, *rest = folder.name.replace("_isp_", "_").split("_")
     flags = ["--embed_split"] if "split" in rest else []
+    for word in rest:
+        for size in ("wp", "pp"):
+            flags += [f"--{size}_size", word.removeprefix(size)] if word.startswith(size) else []
     old = family == "internlm" and bool({"legacymlp", "2023"} & set(rest))
+    flags += ["--mlp_layer_fusion"] if "fusion" in rest else []
     return family, int(rest[0].removeprefix("tp")), flags + (["--version", "1"] if old else [])
 
 
@@ -110,12 +119,14 @@ def test_shards_of_the_current_layout_come_back_bit_for_bit(source: Path, tokeni
     revert(family, tmp_path / "hf", tmp_path / "back", tp, *flags, "--verify")
     convert(family, tmp_path / "back", tmp_path / "again", tokenizer, "--dtype", "float32")
     assert_same(weights(tmp_path / "again"), weights(tmp_path / "hf"))
-    current = not any(word in source.name for word in ("pp2", "adapt0", "isp"))  # one stage, rows in halves
-    if current:
-        before, after = shards(source), shards(tmp_path / "back")
-        assert before.keys() == after.keys()
-        for name in before:
-            assert_same(after[name], before[name])
+    if "adapt0" in source.name:  # rows in halves are written
+        return
+    before, after = shards(source), shards(tmp_path / "back")
+    assert before.keys() == after.keys()
+    old = "2023" in source.name
+    for name in before:
+        expected = {key.removeprefix("model."): value for key, value in before[name].items()} if old else before[name]
+        assert_same(after[name], {key: value for key, value in expected.items() if "inv_freq" not in key})
 
 
 # --------------------------------------------------------------------------------------------------- every way to split
@@ -141,7 +152,7 @@ def test_convert_of_revert_changes_nothing(family: str, tp: int, tokenizer: Path
         before, after = shards(here / "a"), shards(here / "back")
         assert before.keys() == after.keys()
         for name in before:
-            assert_same(after[name], before[name])
+            assert_same(after[name], with_both_names(before[name]) if tp == 1 else before[name])
         convert(family, here / "back", here / "again", tokenizer, "--dtype", dtypes[dtype])
         assert_same(weights(here / "again"), full)
 
@@ -419,10 +430,105 @@ def test_what_users_should_know_is_said(tokenizer: Path, tmp_path: Path, capsys:
     said = capsys.readouterr().err
     for words in ("attention biases", "use_dynamic_ntk_rope", "max_position_embeddings = 512", "has a dot"):
         assert words in said
-    revert("internlm2", tmp_path / "hf.v1", tmp_path / "back", 1)
-    assert "use_flash_attn only" in capsys.readouterr().err
-    revert("internlm2", tmp_path / "hf.v1", tmp_path / "flash", 1, "--use_flash")
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "back", 2)
+    assert "RANDOM embedding" in capsys.readouterr().err
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "flash", 2, "--use_flash")
+    assert "0.5.x and later" in capsys.readouterr().err
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "one", 1)
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "isp", 2, "--wp_size", "2")
+    revert("internlm2", tmp_path / "hf.v1", tmp_path / "split", 2, "--embed_split")
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_shard_holds_the_embedding_under_both_names_once(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    """The vocabulary-split name and the one of InternEvo 0.3.13 to 0.5.2 and later: one of them is found by each."""
+    full = build(tmp_path / "a", family)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    revert(family, tmp_path / "hf", tmp_path / "both", 1, "--verify")
+    revert(family, tmp_path / "hf", tmp_path / "hidden", 1, "--embed_split")
+    both, hidden = (shards(tmp_path / name)["model_tp0_pp0.pt"] for name in ("both", "hidden"))
+    stem = {"internlm": "embedding", "internlm2": "tok_embeddings"}[family]
+    assert both.keys() == hidden.keys() | {f"{stem}.word_embeddings.weight"}
+    assert_same({name: both[name] for name in hidden}, hidden)
+    assert both[f"{stem}.weight"].data_ptr() == both[f"{stem}.word_embeddings.weight"].data_ptr()
+    sizes = [(tmp_path / name / "model_tp0_pp0.pt").stat().st_size for name in ("both", "hidden")]
+    assert sizes[0] < sizes[1] + 1024
+    convert(family, tmp_path / "both", tmp_path / "again", tokenizer, "--dtype", "float32")
+    assert_same(weights(tmp_path / "again"), full)
+
+
+# ------------------------------------------------------------------------------------------------ the run that loads it
+
+RUNS: list[dict[str, Any]] = [
+    {"tp": 2, "pp": 2},
+    {"tp": 2, "pp": 3},
+    {"pp": 2, "chunks": 2},
+    {"tp": 2, "pp": 2, "chunks": 2, "embedding": "vocabulary"},
+    {"wp": 1},
+    {"wp": 4},
+    {"wp": 4, "fused_mlp": True},
+    {"tp": 2, "wp": 4},
+    {"tp": 2, "wp": 2, "pp": 2, "chunks": 2, "fused_mlp": True},
+    {"tp": 2, "wp": 1, "pp": 4},
+    {"wp": 2, "isp_2025": True, "pp": 2},
+    {"wp": 8, "isp_2025": True, "fused_mlp": True},
+    {"wp": 16, "pp": 2},
+]
+
+
+def run_flags(choices: dict[str, Any]) -> list[str]:
+    """Revert's flags for the run that Recipe's choices describe, beside --tp_size."""
+    flags = ["--embed_split"] if choices.get("embedding", "hidden") == "hidden" else []
+    named = {"pp": "--pp_size", "wp": "--wp_size", "chunks": "--num_chunks", "mlp_version": "--version"}
+    flags += [word for key, flag in named.items() if key in choices for word in (flag, str(choices[key]))]
+    flags += ["--mlp_layer_fusion"] if choices.get("fused_mlp") else []
+    return flags + (["--isp", "2025"] if choices.get("isp_2025") else [])
+
+
+@pytest.mark.parametrize("choices", RUNS, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_run_gets_the_shards_that_it_saves(
+    family: str, bias: bool, choices: dict[str, Any], tokenizer: Path, tmp_path: Path
+) -> None:
+    """What training saves goes round and is the same to the bit: sizes of all groups, chunks, split, fusion."""
+    versions = [{"mlp_version": v} for v in ((2,) if "fused_mlp" in choices else (1, 2))]
+    for number, more in enumerate(versions if family == "internlm" else [{}]):
+        here = tmp_path / str(number)
+        full = build(here / "a", family, bias=bias, **choices, **more)
+        convert(family, here / "a", here / "hf", tokenizer, "--dtype", "float32")
+        assert_same(weights(here / "hf"), full)
+        flags = run_flags({**choices, **more})
+        revert(family, here / "hf", here / "back", choices.get("tp", 1), *flags, "--verify")
+        before, after = shards(here / "a"), shards(here / "back")
+        assert before.keys() == after.keys()
+        for name in before:
+            assert_same(after[name], before[name])
+        assert torch.load(here / "back" / "model_config.pt")["num_chunks"] == choices.get("chunks", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--pp_size", "5"], ["4 layers", "--pp_size 5"]),
+        (["--pp_size", "2", "--num_chunks", "3"], ["4 layers", "3 chunks"]),
+        (["--num_chunks", "2"], ["--num_chunks 2", "--pp_size"]),
+        (["--wp_size", "3"], ["3 weight-parallel ranks"]),
+        (["--wp_size", "2", "--tp_size", "4"], ["--tp_size 4", "2 key/value heads"]),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(
+    flags: list[str], words: list[str], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", "internlm2")
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer)
+    parser = revert_parser("revert", "internlm2", versions=False)
+    command = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "back"), "--tp_size", "1", *flags]
+    assert run_revert("internlm2", parser.parse_args(command)) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize(

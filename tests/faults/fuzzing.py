@@ -32,50 +32,80 @@ HAS_DEFAULT = ("layer_norm_epsilon", "embed_split_hidden", "vocab_size", "num_la
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint, and how it is to be converted and reverted. `choices` are those of checkpoints.Recipe."""
+    """A checkpoint, and how it is to be converted and reverted.
+
+    `choices` are those of checkpoints.Recipe, and so are those of the run that the model is reverted for.
+    """
 
     family: str
     choices: dict[str, Any]
     dtype: str
     max_shard: str
-    tp_back: int
-    embed_split: bool
-    version_back: int
+    back: dict[str, Any]
+
+    @property
+    def flags_back(self) -> list[str]:
+        """Revert's flags for that run, beside --tp_size."""
+        named = {"pp": "--pp_size", "chunks": "--num_chunks", "wp": "--wp_size"}
+        flags = [word for key, flag in named.items() if self.back[key] for word in (flag, str(self.back[key]))]
+        flags += ["--isp", "2025"] if self.back["isp_2025"] else []
+        flags += ["--mlp_layer_fusion"] if self.back["fused_mlp"] else []
+        flags += ["--embed_split"] if self.back["embedding"] == "hidden" else []
+        return flags + (["--version", str(self.back["mlp_version"])] if self.family == "internlm" else [])
+
+
+def _random_run(random: Random) -> dict[str, Any]:
+    """Sizes and mode of a training run of the current framework."""
+    wp = random.choice([None, None, 1, 2, 4])
+    pp = random.choice([1, 1, 2, 3, 4])
+    return {
+        "tp": random.choice([1, 2, 4]),
+        "wp": wp,
+        "isp_2025": wp is not None and random.random() < 0.3,
+        "pp": pp,
+        "chunks": random.choice([1, 1, 2, 3]),
+        "fused_mlp": wp is not None and random.random() < 0.4,
+    }
 
 
 def random_layout(random: Random) -> Layout:
     """Any layout that training can write, of a small model."""
     family = random.choice(["internlm", "internlm2"])
-    tp, tp_back = random.choice([1, 2, 4]), random.choice([1, 2, 4])
-    unit, chunks = math.lcm(tp, tp_back), random.choice([1, 1, 2, 3])
+    run, back = _random_run(random), _random_run(random)
+    tp = run["tp"]
+    back["chunks"] = back["chunks"] if back["pp"] > 1 else 1
+    unit = math.lcm(*(size for one in (run, back) for size in (one["tp"], one["wp"] or 1)))
+    smallest = back["chunks"] * back["pp"]  # the framework builds no stage without a layer, and equal chunks
     kv_heads = unit * random.choice([1, 2])
     heads = kv_heads * (random.choice([1, 2, 3]) if family == "internlm2" else 1)
     shape = Shape(
-        hidden=heads * random.choice([2, 4, 6]),
-        layers=chunks * random.randint(1, 3),
+        hidden=math.lcm(heads * random.choice([2, 4, 6]), unit),
+        layers=math.lcm(run["chunks"], smallest) * (1 if smallest > 2 else random.randint(1, 2)),
         heads=heads,
         kv_heads=kv_heads,
         intermediate=256 * random.choice([1, 1, 2]),
         vocab=unit * random.randint(64 // unit, 160 // unit),
     )
     if random.random() < 0.1:  # I/tp == H: the MLP is square
-        shape = Shape(256 // tp, shape.layers, kv_heads, kv_heads, 256, shape.vocab)
+        shape = Shape(256 // (1 if run["wp"] else tp), shape.layers, kv_heads, kv_heads, 256, shape.vocab)
     stored = random.choice(list(DTYPES))
     llama_like = family == "internlm" and random.random() < 0.25
+    version = 2 if run["fused_mlp"] else random.choice([1, 2])
+    back["mlp_version"] = random.choice([1, 2]) if family == "internlm" and not back["fused_mlp"] else 2
+    back["embedding"] = "hidden" if back["wp"] else random.choice(["hidden", "vocabulary"])
     interleaved = random.random() < 0.3
     may_be_left_out = [*HAS_DEFAULT, "norm_head", *([] if interleaved else ["adapt_hf"])]
     norm_head = family == "internlm2" and random.random() < 0.2
     choices = {
         "shape": shape,
-        "tp": tp,
-        "pp": random.choice([1, 1, 2, 3, 4]),
-        "chunks": chunks,
+        **run,
+        "v_shaped": run["chunks"] == 2 and random.random() < 0.3,
         "dtype": DTYPES[stored],
         "bias": not llama_like and random.random() < 0.5,
-        "embedding": random.choice(["hidden", "vocabulary", "unnamed vocabulary"]),
+        "embedding": random.choice(["hidden", *([] if run["wp"] else ["vocabulary"]), "unnamed vocabulary"]),
         "interleaved": interleaved,
         "fused": random.random() < 0.7,
-        "mlp_version": random.choice([1, 2]),
+        "mlp_version": version,
         "prefix": random.choice(["", "model."]),
         "inv_freq": random.random() < 0.3,
         "norm_head": norm_head,
@@ -88,9 +118,7 @@ def random_layout(random: Random) -> Layout:
         choices,
         dtype=stored if random.random() < 0.7 else random.choice(list(DTYPES)),
         max_shard=random.choice(["10GB", "100KB", "30KB", "5KB"]),
-        tp_back=tp_back,
-        embed_split=random.random() < 0.5,
-        version_back=random.choice([1, 2]) if family == "internlm" else 2,
+        back=back,
     )
 
 
@@ -98,9 +126,9 @@ def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
     """Convert, revert, convert: each step gives exactly what the checkpoint holds; `folder` is used up."""
     internlm, shape = layout.family == "internlm", layout.choices["shape"]
 
-    def converted(source: Path, target: Path, tp: int, version: int) -> dict[str, torch.Tensor]:
-        square = internlm and shape.intermediate // tp == shape.hidden
-        more = ["--max_shard", layout.max_shard, *(["--version", str(version)] if square else [])]
+    def converted(source: Path, target: Path, run: dict[str, Any]) -> dict[str, torch.Tensor]:
+        square = internlm and shape.intermediate // (1 if run["wp"] else run["tp"]) == shape.hidden
+        more = ["--max_shard", layout.max_shard, *(["--version", str(run["mlp_version"])] if square else [])]
         words = convert_words(source, target, tokenizer, *more, "--dtype", layout.dtype, "--verify")
         outcome = run_script(f"convert2hf_{layout.family}", words)
         assert outcome.status == 0, outcome
@@ -108,17 +136,15 @@ def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
 
     full = build(folder / "source", layout.family, **layout.choices)
     expected = {name: tensor.to(DTYPES[layout.dtype]) for name, tensor in full.items()}
-    found = converted(folder / "source", folder / "hf", layout.choices["tp"], layout.choices["mlp_version"])
+    found = converted(folder / "source", folder / "hf", layout.choices)
     _assert_same(found, expected)
 
-    flags = ["--embed_split"] if layout.embed_split else []
-    flags += ["--version", str(layout.version_back)] if internlm else []
-    words = revert_words(folder / "hf", folder / "back", layout.tp_back, *flags, "--verify")
+    words = revert_words(folder / "hf", folder / "back", layout.back["tp"], *layout.flags_back, "--verify")
     outcome = run_script(f"revert_{layout.family}", words)
     assert outcome.status == 0, outcome
     if layout.choices["dtype"] is DTYPES[layout.dtype] and not layout.choices["norm_head"]:
         _check_reverted(layout, folder)
-    converted(folder / "back", folder / "again", layout.tp_back, layout.version_back)
+    converted(folder / "back", folder / "again", layout.back)
     first, second = contents(folder / "hf"), contents(folder / "again")
     different = [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)]
     # the training framework's epsilon and rotary base went through model_config.pt, and came back
@@ -128,16 +154,14 @@ def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
 def _check_reverted(layout: Layout, folder: Path) -> None:
     """The shards are those that training would have written in this layout."""
     kept = {key: layout.choices[key] for key in ("shape", "dtype", "bias", "seed")}
-    written = {
-        "tp": layout.tp_back,
-        "embedding": "hidden" if layout.embed_split else "vocabulary",
-        "mlp_version": layout.version_back,
-    }
-    build(folder / "oracle", layout.family, **kept, **written)
-    names = sorted(path.name for path in (folder / "oracle").glob("model_tp*.pt"))
-    assert names == sorted(path.name for path in (folder / "back").glob("model_tp*.pt"))
+    build(folder / "oracle", layout.family, **kept, **layout.back)
+    names = sorted(path.name for path in (folder / "oracle").glob("model_*p*_pp*.pt"))
+    assert names == sorted(path.name for path in (folder / "back").glob("model_*p*_pp*.pt"))
+    both_names = layout.back["tp"] == 1  # of an embedding that one shard has all of
     for name in names:
-        _assert_same(torch.load(folder / "back" / name), torch.load(folder / "oracle" / name))
+        expected = torch.load(folder / "oracle" / name)
+        again = {key.replace(".word_embeddings", ""): value for key, value in expected.items() if both_names}
+        _assert_same(torch.load(folder / "back" / name), expected | again)
 
 
 def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,27 +241,35 @@ class _Entry:
         return CENTRAL_HEADER.pack(b"PK\x01\x02", *fields, 0, position) + self.name + extra
 
 
-def _state_dict(specs: Sequence[TensorSpec]) -> bytes:
-    """The pickle of tensors that each fill a storage of their own."""
+def _state_dict(specs: Sequence[TensorSpec], second_names: Mapping[str, str]) -> bytes:
+    """The pickle of tensors that each fill a storage of their own, some of them under a second name too."""
     storages = (PickledStorage(str(i), spec.dtype, spec.numel) for i, spec in enumerate(specs))
-    return dumps_state_dict(
-        {
-            spec.name: PickledTensor(storage, 0, spec.shape, contiguous_strides(spec.shape))
-            for spec, storage in zip(specs, storages, strict=True)
-        }
-    )
+    tensors = {
+        spec.name: PickledTensor(storage, 0, spec.shape, contiguous_strides(spec.shape))
+        for spec, storage in zip(specs, storages, strict=True)
+    }
+    return dumps_state_dict(tensors | {second: tensors[name] for name, second in second_names.items()})
 
 
 class TorchFileWriter:
     """A torch.save file whose layout is known before its tensors are written.
 
     `tensors` says where each one goes; `seal` adds the checksums of what was written there and closes the archive.
+    A tensor may be saved under a second name as well, for the same bytes: `content` has both.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], pickled: bytes | None = None) -> None:
-        """`pickled` is what the file says; by default a state dict of `specs`."""
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        pickled: bytes | None = None,
+        second_names: Mapping[str, str] | None = None,
+    ) -> None:
+        """`pickled` is what the file says; by default a state dict of `specs`, with the second names of some."""
         stem = path.stem
-        pickled = _state_dict(specs) if pickled is None else pickled
+        names = {spec.name for spec in specs}
+        seconds = {name: second for name, second in (second_names or {}).items() if name in names}
+        pickled = _state_dict(specs, seconds) if pickled is None else pickled
         first = [self._small(stem, "data.pkl", pickled), self._small(stem, "byteorder", b"little")]
         data = [_Entry(f"{stem}/data/{i}".encode(), spec.nbytes, None) for i, spec in enumerate(specs)]
         self._entries = [*first, *data, self._small(stem, "version", b"3\n")]
@@ -276,6 +284,8 @@ class TorchFileWriter:
             spec.name: StoredTensor(spec.name, path, entry.data, spec.dtype, spec.shape, contiguous_strides(spec.shape))
             for spec, entry in zip(specs, data, strict=True)
         }
+        again = {second: replace(self.tensors[name], name=second) for name, second in seconds.items()}
+        self.content = self.tensors | again
 
     @staticmethod
     def _small(stem: str, name: str, content: bytes) -> _Entry:

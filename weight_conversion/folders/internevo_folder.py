@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from .numbering import Numbering, Place, SavedName, found_numbering, parsed
 MODEL_CONFIG = "model_config.pt"
 HEADS = ("norm.weight", "head.weight", "output.weight", "lm_head.weight")
 """What stands behind the last layer."""
+WORD_EMBEDDINGS = ".word_embeddings"
+"""In the name of an embedding that is split along the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,14 @@ class _Shard:
             found = parsed(name)
             if found is None:
                 raise ConversionError(f"{self.path}: a tensor has the name {name!r}, which no model gives.")
-            yield found, tensor
+            if not self._is_second_name(name):
+                yield found, tensor
+
+    def _is_second_name(self, name: str) -> bool:
+        """Whether the tensor is there under `word_embeddings` too, not again but at the same place of the file."""
+        stem, _, kind = name.rpartition(".")
+        twin = self.tensors.get(f"{stem}{WORD_EMBEDDINGS}.{kind}")
+        return twin is not None and replace(twin, name=name) == self.tensors[name]
 
     def layers(self) -> dict[int, set[int]]:
         """The layer numbers that the shard has, by chunk."""
@@ -163,11 +172,19 @@ def _check_md5(path: Path, beside: Path) -> None:
 
 
 def shard_writers(
-    folder: Path, grid: Grid, specs: Mapping[tuple[int, int], Sequence[TensorSpec]]
+    folder: Path,
+    grid: Grid,
+    specs: Mapping[tuple[int, int], Sequence[TensorSpec]],
+    second_names: Mapping[str, str],
 ) -> dict[tuple[int, int], TorchFileWriter]:
-    """The files of the grid, by (stage, number of the member), that are to hold `specs`."""
+    """The files of the grid, by (stage, number of the member), that are to hold `specs`.
+
+    `second_names` gives further names of some of them, for the same bytes.
+    """
     return {
-        (stage, member): TorchFileWriter(folder / grid.name(grid.members[member], stage), specs[stage, member])
+        (stage, member): TorchFileWriter(
+            folder / grid.name(grid.members[member], stage), specs[stage, member], second_names=second_names
+        )
         for stage, member in grid.places()
     }
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
-from ..folders.grid import FileNames, Group
-from ..folders.internevo_folder import TrainingCheckpoint
+from ..folders.grid import FileNames, Grid, Group
+from ..folders.internevo_folder import WORD_EMBEDDINGS, TrainingCheckpoint
 from ..tokenizer.tokenizer_files import TokenizerSpec
 from .rules import (
     AttentionHeads,
@@ -23,7 +23,7 @@ from .rules import (
     Rule,
     Split,
 )
-from .table import LAYER, Layout, Row, Table
+from .table import LAYER, Entry, Layout, Row, Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -268,10 +268,19 @@ def embedding_rows(stem: str, hf: str, *only: str) -> list[Row]:
         for group, outer in OUTER_OVER.items()
         for name, dim, choice in (
             ("", 1, HIDDEN_SPLIT),
-            (".word_embeddings", 0, VOCABULARY_SPLIT),
+            (WORD_EMBEDDINGS, 0, VOCABULARY_SPLIT),
             ("", 0, UNNAMED_VOCABULARY_SPLIT),
         )
     ]
+
+
+def whole_embedding_name(entry: Entry, grid: Grid) -> str | None:
+    """The other name of an embedding split along the vocabulary where one rank holds all of it, so that it is whole.
+
+    The framework's versions look under one name or the other, and leave an embedding that they do not find random.
+    """
+    plain = entry.training[0].replace(WORD_EMBEDDINGS, "")
+    return plain if plain != entry.training[0] and grid.size(entry.rule.over) == 1 else None
 
 
 def head_rows(names: Names, *only: str) -> list[Row]:
@@ -327,7 +336,7 @@ def choices_found(checkpoint: TrainingCheckpoint, embedding: str, *, bias: bool)
 
 def embedding_found(checkpoint: TrainingCheckpoint, stem: str) -> str:
     """How the ranks share the embedding `stem`: decided by its name and, under the plain name, by its shape."""
-    if f"{stem}.word_embeddings.weight" in checkpoint.tensors:
+    if f"{stem}{WORD_EMBEDDINGS}.weight" in checkpoint.tensors:
         return VOCABULARY_SPLIT
     plain, hidden_size = checkpoint.first(f"{stem}.weight"), checkpoint.config.get("hidden_size")
     whole_rows = plain is not None and plain.shape[1:] == (hidden_size,)

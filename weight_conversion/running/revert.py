@@ -11,13 +11,14 @@ from ..errors import ConversionError, listed, naming, shown
 from ..files.copying import Copier, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
-from ..folders.grid import TENSOR_PARALLEL_FILES, Grid, grid_of
+from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
 from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
 from ..folders.internevo_folder import shard_writers, write_model_config
 from ..folders.numbering import Numbering, shared_out
 from ..mapping.family import (
     HALVES,
     HIDDEN_SPLIT,
+    INTERMEDIATE_MULTIPLE,
     VOCABULARY_SPLIT,
     Family,
     common_choices,
@@ -25,6 +26,7 @@ from ..mapping.family import (
     mlp_ratio,
     positive_integer,
     positive_number,
+    whole_embedding_name,
 )
 from ..mapping.hf_settings import rope_of
 from ..mapping.matching import Match, copies_of, match_hf, part_specs
@@ -39,11 +41,16 @@ HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "mo
 
 @dataclass(frozen=True)
 class RevertRequest:
-    """What the user asked for."""
+    """What the user asked for: above all, the run that is to load the shards. `wp_size` None: not an isp run."""
 
     source: Path
     target: Path
     tp_size: int
+    pp_size: int = 1
+    num_chunks: int = 1
+    wp_size: int | None = None
+    isp: int = 2024
+    mlp_layer_fusion: bool = False
     version: int = 2
     embed_split: bool = False
     use_flash: bool = False
@@ -53,7 +60,17 @@ class RevertRequest:
 
     @property
     def grid(self) -> Grid:
-        return grid_of(TENSOR_PARALLEL_FILES, self.tp_size, 1, 1)
+        """The files that the run loads; those of isp since 2025 do not depend on the tensor-parallel size."""
+        if self.wp_size is None:
+            return grid_of(TENSOR_PARALLEL_FILES, self.tp_size, 1, self.pp_size)
+        if self.isp == 2025:
+            return grid_of(ISP_2025_FILES, 1, self.wp_size, self.pp_size)
+        return grid_of(ISP_FILES, self.tp_size, self.wp_size, self.pp_size)
+
+    @property
+    def hidden_split(self) -> bool:
+        """Whether ranks share the columns of the embedding, as isp always does."""
+        return self.embed_split or self.wp_size is not None
 
 
 @dataclass(frozen=True)
@@ -78,11 +95,11 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
     publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
     source = _understand(family, request, reporter)
-    run = Run(request.grid, shared_out(source.shape.num_layers, stages=1))
+    run = _run(request, source.shape)
     if request.verify:
         verify_files(source.folder)
     config = _training_config(family, request, source, reporter)
-    by_place = shard_writers(publication.folder, run.grid, _shard_specs(source, run))
+    by_place = shard_writers(publication.folder, run.grid, _shard_specs(source, run), _second_names(source, run))
     writers = list(by_place.values())
     publication.check_space(sum(writer.size for writer in writers))
     with publication as folder, naming(folder):
@@ -116,10 +133,48 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
         if folder.config.get("tie_word_embeddings") and embedding in tensors:
             tensors.setdefault(head, tensors[embedding])
     has_bias = any(name.endswith(".bias") for name in tensors)
-    embedding = HIDDEN_SPLIT if request.embed_split else VOCABULARY_SPLIT
-    common = common_choices(request.grid.names, embedding, HALVES, joined=False, bias=has_bias)
+    embedding = HIDDEN_SPLIT if request.hidden_split else VOCABULARY_SPLIT
+    joined = request.mlp_layer_fusion
+    common = common_choices(request.grid.names, embedding, HALVES, joined=joined, bias=has_bias)
     layout = family.layout_written(common, request.version)
     return _Source(folder, shape, has_bias, match_hf(tensors, family.table, layout, shape, str(request.source)))
+
+
+def _run(request: RevertRequest, shape: ModelShape) -> Run:
+    """The run of the sizes asked for; ConversionError where the framework would not build it."""
+    if request.num_chunks > 1 and request.pp_size == 1:
+        raise ConversionError(
+            f"--num_chunks {request.num_chunks} is for a pipeline: with one stage InternEvo builds one chunk. Give "
+            "--pp_size too, or leave --num_chunks out."
+        )
+    if request.mlp_layer_fusion and request.version == 1:
+        raise ConversionError(
+            "--mlp_layer_fusion is of InternEvo versions whose up projection is w3. Revert with --version 2."
+        )
+    if request.wp_size is not None and shape.num_kv_heads % request.tp_size:
+        raise ConversionError(
+            f"--tp_size {request.tp_size} does not divide the {shape.num_kv_heads} key/value heads, which isp deals "
+            "out over the tensor-parallel ranks. Choose one that does."
+        )
+    try:
+        return Run(request.grid, shared_out(shape.num_layers, request.pp_size, request.num_chunks))
+    except ValueError as error:
+        raise ConversionError(
+            f"the model cannot be shared out over --pp_size {request.pp_size} stages in --num_chunks "
+            f"{request.num_chunks} chunks: {error}. Choose sizes that InternEvo can build."
+        ) from error
+
+
+def _second_names(source: _Source, run: Run) -> dict[str, str]:
+    """Names as saved under which the same bytes are to be found once more: see whole_embedding_name."""
+    names = {}
+    for entry, _ in source.fulls:
+        place = run.numbering.place_of(entry.layer)
+        second = whole_embedding_name(entry, run.grid)
+        if second is not None:
+            (first,) = entry.training
+            names[run.numbering.saved_name(first, place)] = run.numbering.saved_name(second, place)
+    return names
 
 
 def _shard_specs(source: _Source, run: Run) -> dict[tuple[int, int], list[TensorSpec]]:
@@ -162,7 +217,7 @@ def _write_shards(
     if request.verify:
         for writer in writers:
             check_records(writer.path)
-            if read_state_dict(writer.path) != writer.tensors:
+            if read_state_dict(writer.path) != writer.content:
                 raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
@@ -179,19 +234,20 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
     where = source.folder.folder / CONFIG
     rope = rope_of(config, where, reporter.warn)
     positions = positive_integer(config, "max_position_embeddings", where)
-    if not request.embed_split and not request.use_flash:
+    if not request.hidden_split and request.tp_size > 1:
         reporter.warn(
-            "the embedding is split along the vocabulary, which InternEvo builds with use_flash_attn only. Train with "
-            "use_flash_attn (--use_flash says so in model_config.pt), or revert with --embed_split."
+            "the embedding is split along the vocabulary, which InternEvo of early 2024 builds with use_flash_attn "
+            "only (--use_flash says so in model_config.pt). InternEvo 0.3.13, 0.4.9, 0.5.x and later split it along "
+            "the hidden size always, and start from a RANDOM embedding: for them revert with --embed_split."
         )
     dtypes = {fulls[0].dtype for _, fulls in source.fulls}
     if len(dtypes) > 1:
         reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
     return {
-        "num_chunks": 1,
+        "num_chunks": request.num_chunks,
         "checkpoint": False,
         "dtype": source.fulls[0][1][0].dtype,
-        "embed_split_hidden": request.embed_split,
+        "embed_split_hidden": request.hidden_split,
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "vocab_size": shape.vocab_size,
@@ -204,6 +260,9 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, 1e-6),
         "rope_base": rope.theta,
         "use_flash_attn": request.use_flash,
+        "qk_interleaved": False,
+        "mlp_layer_fusion": request.mlp_layer_fusion,
+        "multiple_of": INTERMEDIATE_MULTIPLE,
         **family.training_config(
             shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
         ),
