@@ -7,9 +7,14 @@ Needs torch and transformers; rows of flash_attention_2 are left out where flash
 Markdown tables, one for each section:
 
     prefill     one pass over a prompt that fills the cache and gives the last token's logits
+    generate    what a user types: `model.generate` of 128 tokens, its loop and its first pass included, with the
+                dynamic cache; with `cache_implementation="static"`, which compiles by itself; and with that and a
+                compile_config whose kernels are tuned for one sequence. The first call compiles; its seconds are told
     decode      one token a sequence, dynamic cache, after a prompt of --context tokens
     compiled    the same with a static cache and torch.compile, one layer's kernels for all, a single sequence
     training    forward and backward of 4096 tokens, with and without gradient checkpointing
+
+All but `generate` are tuned loops: they leave out what generate does between two passes.
 
 Both models have random bfloat16 weights and read the same random tokens, in one process. Rounds of the one and the
 other alternate, after a warm-up round that does not count; device events take the time, and medians are given. The
@@ -36,7 +41,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,6 +54,7 @@ GIB = 2**30
 DECODE_STEPS = 16
 COMPILED_STEPS = 64  # one step is short beside the time from the call to its first kernel
 STATIC_CACHE = 1024
+GENERATED = 128
 TRAINING_TOKENS = 4096
 # Eager attention holds the scores of all pairs of tokens: 64 GiB a layer for 32768 tokens and 32 heads.
 LONGEST_EAGER = 8192
@@ -61,6 +67,18 @@ COMPILE_OPTIONS: dict[str, Any] = {
     "coordinate_descent_tuning": True,
     "coordinate_descent_check_all_directions": True,
     "realize_opcount_threshold": 8,
+}
+
+
+# What `generate` is asked for, beside greedy decoding; the last is what the documentation recommends for one sequence.
+TUNED = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
+    "dynamic cache": dict,
+    "static cache": lambda: {"cache_implementation": "static"},
+    "static cache, tuned": lambda: {
+        "cache_implementation": "static",
+        "compile_config": CompileConfig(mode=None, fullgraph=True, options=TUNED),
+    },
 }
 
 
@@ -206,6 +224,7 @@ class Measurement:
 
     times: list[float] = field(default_factory=list)
     peak: int = 0
+    warm_up: float = 0.0
 
     @property
     def time(self) -> float | None:
@@ -245,6 +264,8 @@ def measure(models: dict[str, Any], run: Pass, rounds: int) -> dict[str, Measure
                 torch.cuda.empty_cache()
             elif number:
                 results[name].times.append(time)
+            else:
+                results[name].warm_up = time
     return results
 
 
@@ -265,6 +286,13 @@ def decode(model: Any, batch: int, context: int) -> float:
             model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     return milliseconds(steps) / DECODE_STEPS
+
+
+def generate(model: Any, batch: int, context: int, **how: Any) -> float:
+    """Milliseconds a token of GENERATED, greedy, from a prompt of `context` tokens."""
+    ids = random_tokens(batch, context)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": GENERATED, "do_sample": False, **how}
+    return milliseconds(lambda: model.generate(ids, **settings)) / GENERATED
 
 
 @contextmanager
@@ -334,7 +362,11 @@ class Bench:
 
     @cached_property
     def models(self) -> dict[str, Any]:
-        return {family: build(family, self.shape) for family in ("llama", self.family)}
+        models = {family: build(family, self.shape) for family in ("llama", self.family)}
+        for model in models.values():
+            model.generation_config.eos_token_id = None  # every call makes GENERATED tokens
+            model.generation_config.pad_token_id = 0
+        return models
 
     def with_backend(self, backend: str) -> dict[str, Any]:
         for model in self.models.values():
@@ -358,6 +390,21 @@ class Bench:
                 results = measure(models, partial(decode, batch=batch, context=context), self.arguments.rounds)
                 work = self.shape.decode(batch, context + DECODE_STEPS // 2)
                 yield backend, f"batch {batch}", work, results
+
+    def generate(self) -> Iterator[Row]:
+        context = self.arguments.context
+        for backend in self.arguments.backends:
+            for what, how in GENERATE.items():
+                for batch in self.arguments.batches if what == "dynamic cache" else [1]:
+                    if what != "dynamic cache" and "flash" in backend:  # reads all slots of a static cache
+                        continue
+                    torch.compiler.reset()
+                    models = self.with_backend(backend)
+                    run = partial(generate, batch=batch, context=context, **how())
+                    results = measure(models, run, self.arguments.rounds)
+                    work = self.shape.decode(batch, context + GENERATED // 2)
+                    first = " and ".join(f"{result.warm_up * GENERATED / 1e3:.1f}" for result in results.values())
+                    yield backend, f"{what}, batch {batch} (first call {first} s)", work, results
 
     def training(self) -> Iterator[Row]:
         for backend in self.arguments.backends:
@@ -421,7 +468,7 @@ def table(rows: Iterator[Row], family: str, ceilings: Ceilings) -> None:
 
 def main() -> None:
     backends = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
-    sections = ["prefill", "decode", "compiled", "training"]
+    sections = ["generate", "prefill", "decode", "compiled", "training"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
