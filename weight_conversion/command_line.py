@@ -30,8 +30,8 @@ ADVICE = {
     errno.EACCES: "Nothing was written under --tgt; check the permissions.",
 }
 
-ADDRESS_SPACE_NEEDED = 720 << 20
-"""What the libraries reserve, most of it never used: 642 MB with torch 2.13, and some for the threads."""
+ADDRESS_SPACE_NEEDED = 200 << 20
+"""What the libraries reserve, most of it never used: 166 MB, and some for the threads."""
 
 DTYPES = ("float16", "bfloat16", "float32")
 
