@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-kernels kernels-ci lint compat compat-ci compat-environments llama-cpp tokenizer-versions
+.PHONY: demo test test-kernels kernels-ci lint compat compat-ci compat-environments llama-cpp tokenizer-versions peer-tests
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -62,3 +62,7 @@ $(LLAMA_CPP)/.installed: | $(READY)
 
 llama-cpp: $(LLAMA_CPP)/.installed
 	PYTHONPATH=.:$(LLAMA_CPP) $(BIN)/python -m pytest tests/consumers/llama_cpp/compare.py
+
+# transformers' own tests of causal models, where there is a checkout: TRANSFORMERS_TESTS=its/tests make peer-tests
+peer-tests: $(READY)
+	PYTHONPATH=. $(BIN)/python -m pytest -o addopts= --quiet tests/peer/peer_suite.py

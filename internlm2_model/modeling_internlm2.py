@@ -469,7 +469,9 @@ class InternLM2Model(InternLM2PreTrainedModel):
         kwargs = {
             **self._packed_arguments(hidden_states, layout, max_seqlen),
             **kwargs,
-            "position_embeddings": self._position_embeddings(hidden_states, layout),
+            "position_embeddings": self._position_embeddings(
+                hidden_states, layout, is_paged(past_key_values) or backend_keeps_cache(kwargs)
+            ),
             "attention_mask": mask,
             "past_key_values": past_key_values,
             "cache_kwargs": cache_slots(past_key_values, hidden_states),
@@ -519,12 +521,29 @@ class InternLM2Model(InternLM2PreTrainedModel):
             return {}
         return varlen_arguments(layout.packed.expand(len(hidden_states), -1), max_seqlen)
 
-    def _position_embeddings(self, hidden_states: torch.Tensor, layout: TokenLayout) -> PositionEmbeddings:
+    def _position_embeddings(self, hidden_states: torch.Tensor, layout: TokenLayout, paged: bool) -> PositionEmbeddings:
         """cos and sin for all layers, in the dtype of their queries and keys."""
         device = hidden_states.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)  # the meta device knows no autocast
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-        return self.rotary_emb(layout.position_ids, sequence_lengths(layout), dtype)
+        lengths = sequence_lengths(layout)
+        if paged and self.config.rope().type == "dynamic":
+            self._check_paged(lengths)
+        return self.rotary_emb(layout.position_ids, lengths, dtype)
+
+    def _check_paged(self, lengths: torch.Tensor) -> None:
+        """Raise ValueError where dynamic NTK scaling would need to know the length of a prompt that comes in pieces."""
+        trained = self.config.max_position_embeddings
+        if (
+            lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):  # nothing may be read while a CUDA graph is captured
+            torch._assert_async((lengths <= trained).all(), "A sequence is longer than max_position_embeddings.")
+        elif (longest := int(lengths.max())) > trained:
+            raise ValueError(
+                f"A sequence of {longest} tokens is longer than max_position_embeddings = {trained}. Beyond it, "
+                "dynamic NTK scaling goes by the length of the whole prompt, which continuous batching may feed in "
+                "pieces and share the beginnings of several. Use generate."
+            )
 
 
 class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin):

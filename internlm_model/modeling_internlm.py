@@ -576,8 +576,12 @@ class InternLMModel(InternLMPreTrainedModel):
 
     def _check_paged(self, lengths: torch.Tensor) -> None:
         """Raise ValueError where a paged cache, whose keys are rotated once, would have to rotate them again."""
-        longest, trained = int(lengths.max()), self.config.max_position_embeddings
-        if longest > trained:
+        trained = self.config.max_position_embeddings
+        if (
+            lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):  # nothing may be read while a CUDA graph is captured
+            torch._assert_async((lengths <= trained).all(), "A sequence is longer than max_position_embeddings.")
+        elif (longest := int(lengths.max())) > trained:
             raise ValueError(
                 f"A sequence of {longest} tokens is longer than max_position_embeddings = {trained}. Beyond it, "
                 "dynamic NTK scaling rotates all cached keys anew, which continuous batching does not do. Use generate."
