@@ -107,6 +107,7 @@ def factor(text: str) -> float:
 
 def convert_parser(script: str, family: str, scaling_factor: float, *, versions: bool) -> Parser:
     """The parser of a convert2hf script. `versions`: MLP generations to choose from."""
+    own = family.lower()
     parser = Parser(
         f"Convert an {family} checkpoint of the InternEvo training framework (model_tp*_pp*.pt, model_config.pt) "
         "into a Hugging Face folder.",
@@ -120,6 +121,13 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
         type=file_name,
         required=True,
         help="SentencePiece model (tokenizer.model), or a folder with one",
+    )
+    add(
+        "--format",
+        choices=(own, "llama"),
+        default=own,
+        help="model class of the folder: the family's own, with its code beside the weights, or transformers' Llama, "
+        "without remote code",
     )
     add("--dtype", choices=DTYPES, default="bfloat16", help="type of the weights that are written")
     add("--max_shard", type=size, default="10GB", help="largest size of one weight file, for example 10GB or 500MB")
@@ -219,6 +227,7 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
             source=arguments.src,
             target=arguments.tgt,
             tokenizer=arguments.tokenizer,
+            format=arguments.format,
             dtype=BY_NAME[arguments.dtype],
             max_shard=arguments.max_shard,
             max_position_embeddings=arguments.max_pos,

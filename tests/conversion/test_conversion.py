@@ -540,7 +540,7 @@ def test_runs_that_cannot_be_are_refused(
         ("internlm2", 1, {"intermediate_size": 300}, ["w1", "[300, 32]", "[256, 32]"]),
         ("internlm2", 1, {"num_hidden_layers": 7}, ["layers.4", "lacks"]),
         ("internlm2", 1, {"rope_theta": 5}, ["contradict", "10000"]),
-        ("internlm2", 1, {"model_type": "llama"}, ["llama", "internlm2"]),
+        ("internlm2", 1, {"model_type": "mistral"}, ["mistral", "internlm2", "llama"]),
     ],
 )
 def test_what_cannot_be_reverted_is_refused_in_a_sentence(

@@ -569,7 +569,7 @@ BAD_FOLDERS: dict[str, tuple[Change, list[str]]] = {
     "config.json that is a list": (lambda place: (place.hf / "config.json").write_text("[]"), ["list", "object"]),
     "config.json without end": (lambda place: (place.hf / "config.json").write_text("[" * 99999), ["is not JSON"]),
     "config.json in no encoding": (lambda place: (place.hf / "config.json").write_bytes(b'"\xff"'), ["is not JSON"]),
-    "config.json of another model": (change_json("config.json", model_type="llama"), ["'llama'", "'internlm2'"]),
+    "config.json of another model": (change_json("config.json", model_type="mistral"), ["'mistral'", "'internlm2'"]),
     "config.json without a type": (change_json("config.json", model_type=...), ["None", "'internlm2'"]),
     "a size that is text": (change_json("config.json", hidden_size="16"), ["hidden_size is '16'"]),
     "a size that is negative": (change_json("config.json", vocab_size=-1), ["vocab_size is -1"]),

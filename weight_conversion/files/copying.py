@@ -10,6 +10,8 @@ A Move pairs the windows of one full tensor with windows of parts. It runs in ei
     needs no scratch. (The kernel's own copying from file to file took longer: it works through small pipes, and holds
     up the other threads that write to the file.)
 
+Where several full tensors lie in turns in one part (q, k and v in wqkv), reverting gathers too: the part from them.
+
 Comparing is gathering again and looking at what the full tensor holds.
 """
 
@@ -60,11 +62,13 @@ class Move:
 
     Where the types of part and full tensor differ, gathering casts. `transform` changes rows [n, ...] of the gathered
     tensor, in float32, before they are cast to the type that is written. Scattering does neither.
+    With `back`, `full` is a rank's tensor and the windows are of full ones: reverting gathers it.
     """
 
     full: StoredTensor
     pairs: tuple[Pair, ...]
     transform: Transform | None = None
+    back: bool = False
 
     def __post_init__(self) -> None:
         covered = sum(math.prod(window.shape) for window, _ in self.pairs)
@@ -90,7 +94,9 @@ class Copier:
 
     def scatter(self, tasks: Sequence[Task]) -> dict[Path, dict[str, int]]:
         """Writes the parts of every full tensor; returns the CRC-32 of each part by file and name."""
-        writable = {part.tensor.path for task in tasks for move in task for _, part in move.pairs}
+        moves = [move for task in tasks for move in task]
+        writable = {part.tensor.path for move in moves if not move.back for _, part in move.pairs}
+        writable |= {move.full.path for move in moves if move.back}
         checksums: dict[Path, dict[str, int]] = {path: {} for path in writable}
         for done in self._run(tasks, _scatter, writable):
             for tensor, checksum in done.items():
@@ -418,19 +424,31 @@ class _Worker:
 def _gather(worker: _Worker, task: Task) -> dict[str, Loss]:
     losses: dict[str, Loss] = {}
     for move in task:
-        full, runs = move.full, [_as_run(pair) for pair in move.pairs]
-        for begin, end in _blocks(move, runs[0].tensor.dtype):
-            block, loss = worker.gathered(move, runs, begin, end)
-            losses[full.name] = losses.get(full.name, Loss()) + loss
-            worker.files.write(full.path, full.offset + begin * full.dtype.itemsize, block.bytes)
-            worker.advance(len(block.bytes))
+        for _, _, loss in _gathered_blocks(worker, move):
+            losses[move.full.name] = losses.get(move.full.name, Loss()) + loss
     worker.files.hand_over()
     return losses
+
+
+def _gathered_blocks(worker: _Worker, move: Move) -> Iterator[tuple[int, memoryview, Loss]]:
+    """Writes a full tensor from its parts; (offset in it, bytes, what casting lost) of each block that was written."""
+    full, runs = move.full, [_as_run(pair) for pair in move.pairs]
+    for begin, end in _blocks(move, runs[0].tensor.dtype):
+        block, loss = worker.gathered(move, runs, begin, end)
+        offset = begin * full.dtype.itemsize
+        worker.files.write(full.path, full.offset + offset, block.bytes)
+        yield offset, block.bytes, loss
+        worker.advance(len(block.bytes))
 
 
 def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
     checksums: dict[StoredTensor, _Checksum] = {}
     for move in task:
+        if move.back:
+            checksum = checksums.setdefault(move.full, _Checksum())
+            for offset, written, _ in _gathered_blocks(worker, move):
+                checksum.add(offset, written)
+            continue
         full, runs = move.full, [_as_run(pair) for pair in move.pairs]
         for begin, end in _blocks(move, full.dtype):
             block = worker.block.take(end - begin, full.dtype)

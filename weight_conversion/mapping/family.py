@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..errors import ConversionError, shown
 from ..folders.grid import FileNames, Grid, Group
 from ..folders.internevo_folder import WORD_EMBEDDINGS, TrainingCheckpoint
 from ..tokenizer.tokenizer_files import TokenizerSpec
+from . import llama
+from .form import Form, Rope
 from .rules import (
     AttentionHeads,
     AttentionRows,
@@ -23,7 +26,7 @@ from .rules import (
     Rule,
     Split,
 )
-from .table import LAYER, Entry, Layout, Row, Table
+from .table import LAYER, Column, Entry, Layout, Row, Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -32,14 +35,6 @@ LARGEST_SIZE = (1 << 31) - 1
 
 INTERMEDIATE_MULTIPLE = 256
 """The training framework rounds the intermediate size up to a multiple of this."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: base, and dynamic NTK scaling by `factor` (None: no scaling)."""
-
-    theta: float
-    dynamic_factor: float | None
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,46 @@ class Family:
     training_config: Callable[[ModelShape, Mapping[str, Any], Rope], dict[str, Any]]
     """(shape, config.json, rope) -> keys of model_config.pt that only this family has."""
 
+    shares_kv_heads: bool = True
+    """Whether there may be fewer key/value heads than query heads."""
+
     @property
     def code(self) -> Path:
         return REPOSITORY / self.package
+
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        """The forms that a Hugging Face folder may have, by their `model_type`; the family's own one first."""
+        own = Form(self.name, self.model_type, self.code, self.table, self.tokenizer, self._own_config, _accept)
+        return {form.model_type: form for form in (own, llama.llama_form(self.table, self.tokenizer))}
+
+    def _own_config(self, shape: ModelShape, has_bias: bool, rope: Rope) -> dict[str, Any]:
+        modeling = f"modeling_{self.model_type}.{self.name}"
+        return {
+            "attn_implementation": "eager",
+            "auto_map": {
+                "AutoConfig": f"configuration_{self.model_type}.{self.name}Config",
+                "AutoModel": f"{modeling}ForCausalLM",
+                "AutoModelForCausalLM": f"{modeling}ForCausalLM",
+                "AutoModelForSequenceClassification": f"{modeling}ForSequenceClassification",
+                "AutoModelForTokenClassification": f"{modeling}ForTokenClassification",
+                "AutoModelForQuestionAnswering": f"{modeling}ForQuestionAnswering",
+            },
+            "bias": has_bias,
+            **self.hf_config(rope),
+        }
+
+    def check_heads(self, shape: ModelShape, where: Path) -> None:
+        """ConversionError where the family has no model with these heads."""
+        if not self.shares_kv_heads and shape.num_kv_heads != shape.num_heads:
+            raise ConversionError(
+                f"{where}: {shape.num_heads} heads share {shape.num_kv_heads} key/value heads, but {self.name} "
+                "has as many of the one as of the other. InternLM2 shares them, and has its own script."
+            )
+
+
+def _accept(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, where: Path) -> None:
+    """The family's own folders: what they cannot be is found in their tensors."""
 
 
 def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> ModelShape:
@@ -213,15 +245,18 @@ COMMON_CHOICES = (
 RECOMPUTED = (r".*rotary_emb\.inv_freq",)
 """Tables that old checkpoints carry and that every model computes."""
 
-Names = tuple[str, str]
-"""(training name, Hugging Face name)."""
+Names = tuple[str, str, str]
+"""(training name, name in the family's own Hugging Face folder, name in a Llama folder)."""
+Heads = tuple[HeadLayout, Sequence[str]]
+"""How q, k and v lie in tensors, and the names of these."""
 WIDE, NARROW = "intermediate_size hidden_size", "hidden_size intermediate_size"
 
 
 def row(names: Names, dims: str, rule: Rule, *only: str) -> Row:
-    """A row of one tensor on each side; `dims` are words."""
-    training, hf = names
-    return Row((training,), (hf,), (tuple(dims.split()),), rule, frozenset(only))
+    """A row of one tensor in each column; `dims` are words."""
+    training, own, other = names
+    shapes = (tuple(dims.split()),)
+    return Row((training,), (own,), shapes, rule, frozenset(only), Column((other,), shapes, rule))
 
 
 def norm_row(names: Names, *only: str) -> Row:
@@ -254,17 +289,17 @@ def gate_up_rows(gate: Names, up: Names, *only: str) -> list[Row]:
             (Split(0, Group.WEIGHT), ISP, (OWN_ROWS,)),
         )
     ]
-    (gate_training, gate_hf), (up_training, up_hf) = gate, up
-    dims = tuple(WIDE.split())
-    joined = frozenset({ISP, JOINED_ROWS, *only})
-    return [*apart, Row((gate_training, up_training), (gate_hf, up_hf), (dims, dims), JoinedHalves(), joined)]
+    training, own, other = zip(gate, up, strict=True)
+    shapes = (tuple(WIDE.split()),) * 2
+    joined, rule = frozenset({ISP, JOINED_ROWS, *only}), JoinedHalves()
+    return [*apart, Row(training, own, shapes, rule, joined, Column(other, shapes, rule))]
 
 
 def embedding_rows(stem: str, hf: str, *only: str) -> list[Row]:
     """The embedding `stem`, in the three ways that ranks share it."""
     dims = "vocab_size hidden_size"
     return [
-        row((f"{stem}{name}.weight", hf), dims, Split(dim, group), choice, outer, *only)
+        row((f"{stem}{name}.weight", hf, llama.EMBEDDING), dims, Split(dim, group), choice, outer, *only)
         for group, outer in OUTER_OVER.items()
         for name, dim, choice in (
             ("", 1, HIDDEN_SPLIT),
@@ -289,24 +324,26 @@ def head_rows(names: Names, *only: str) -> list[Row]:
     return [row(names, dims, Split(0, group), outer, *only) for group, outer in OUTER_OVER.items()]
 
 
-def attention_rows(
-    training: tuple[HeadLayout, Sequence[str]], hf: tuple[HeadLayout, Sequence[str]], kind: str, *only: str
-) -> list[Row]:
+def attention_rows(training: Heads, hf: Heads, kind: str, *only: str) -> list[Row]:
     """The q, k and v tensors (`kind`: weight or bias), with heads in halves and interleaved."""
-    (training_layout, training_names), (hf_layout, hf_names) = training, hf
-    rows_of = {1: ("qkv_rows",), 3: ("q_rows", "kv_rows", "kv_rows")}[len(hf_names)]
+    layout, names = training
+    rows = []
+    for order in ORDER_CHOICES:
+        for mode, rule in ((TENSOR_PARALLEL, AttentionHeads), (ISP, AttentionRows)):
+            own, other = (
+                _heads_column(form, kind, rule(layout, form[0], interleaved=order == INTERLEAVED))
+                for form in (hf, llama.QKV)
+            )
+            parts = tuple(f"{name}.{kind}" for name in names)
+            rows.append(Row(parts, own.hf, own.dims, own.rule, frozenset({order, mode, *only}), other))
+    return rows
+
+
+def _heads_column(form: Heads, kind: str, rule: Rule) -> Column:
+    _, names = form
+    rows_of = {1: ("qkv_rows",), 3: ("q_rows", "kv_rows", "kv_rows")}[len(names)]
     dims = tuple((rows, "hidden_size") if kind == "weight" else (rows,) for rows in rows_of)
-    return [
-        Row(
-            tuple(f"{name}.{kind}" for name in training_names),
-            tuple(f"{name}.{kind}" for name in hf_names),
-            dims,
-            rule(training_layout, hf_layout, interleaved=order == INTERLEAVED),
-            frozenset({order, mode, *only}),
-        )
-        for order in ORDER_CHOICES
-        for mode, rule in ((TENSOR_PARALLEL, AttentionHeads), (ISP, AttentionRows))
-    ]
+    return Column(tuple(f"{name}.{kind}" for name in names), dims, rule)
 
 
 def common_choices(names: FileNames, embedding: str, order: str, *, joined: bool, bias: bool) -> Layout:

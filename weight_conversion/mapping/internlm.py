@@ -21,7 +21,7 @@ from .family import (
     RECOMPUTED,
     WIDE,
     Family,
-    Rope,
+    Names,
     attention_rows,
     choices_found,
     embedding_rows,
@@ -31,70 +31,73 @@ from .family import (
     norm_row,
     output_bias_rows,
 )
+from .form import Rope
+from .llama import DOWN, EMBEDDING, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, QKV, UP
 from .rules import ModelShape, Separate, Stacked
 from .table import Layout, Row, Table
 
 NATIVE, LLAMA_LIKE, HF_NAMES = "native names", "Llama-like names", "Hugging Face names"
 VERSION_1, VERSION_2 = "up is w2, down is w3", "up is w3, down is w2"
 
-HF_LAYER = "model.layers.{layer}"
-HF_THREE = (Separate(), [f"{HF_LAYER}.self_attn.{x}_proj" for x in "qkv"])
 BLOCK, LAYER = "blocks.{layer}", "layers.{layer}"
 ONE = (Stacked(), [f"{BLOCK}.mixer.Wqkv"])
 THREE = (Separate(), [f"{LAYER}.attention.w{x}" for x in "qkv"])
-O_PROJ, O_DIMS = f"{HF_LAYER}.self_attn.o_proj", "hidden_size q_rows"
 OWN_THREE = (Separate(), [f"{LAYER}.self_attn.{x}_proj" for x in "qkv"])
-INPUT_NORM, POST_ATTENTION_NORM = f"{HF_LAYER}.input_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight"
+OUT_DIMS = "hidden_size q_rows"
 
 
-def _own(name: str) -> tuple[str, str]:
-    """A tensor of a layer under its Hugging Face name, which a shard has too."""
-    return f"{LAYER}.{name}", f"{HF_LAYER}.{name}"
+def _as(name: str, hf: str) -> Names:
+    """A tensor that is called `hf` in the family's own folder too: its names are Llama's."""
+    return name, hf, hf
+
+
+def _own(hf: str) -> Names:
+    """A tensor that has its Hugging Face name in training too, without the prefix."""
+    return _as(hf.removeprefix("model."), hf)
 
 
 def _mlp_rows(stem: str, names: str) -> list[Row]:
     """Gate, up and down projection of `stem`, under the names of both versions; the first never fused them."""
-    gate, up, down = (f"{HF_LAYER}.mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
     w1, w2, w3 = (f"{stem}.{w}.weight" for w in ("w1", "w2", "w3"))
     return [
-        *linear_rows((w1, gate), WIDE, 0, names, VERSION_1),
-        *linear_rows((w2, up), WIDE, 0, names, VERSION_1),
-        *linear_rows((w3, down), NARROW, 1, names, VERSION_1),
-        *gate_up_rows((w1, gate), (w3, up), names, VERSION_2),
-        *linear_rows((w2, down), NARROW, 1, names, VERSION_2),
+        *linear_rows(_as(w1, GATE), WIDE, 0, names, VERSION_1),
+        *linear_rows(_as(w2, UP), WIDE, 0, names, VERSION_1),
+        *linear_rows(_as(w3, DOWN), NARROW, 1, names, VERSION_1),
+        *gate_up_rows(_as(w1, GATE), _as(w3, UP), names, VERSION_2),
+        *linear_rows(_as(w2, DOWN), NARROW, 1, names, VERSION_2),
     ]
 
 
 # fmt: off
 TABLE = Table(
     rows=(
-        *embedding_rows("embedding", "model.embed_tokens.weight", NATIVE),
-        *embedding_rows("tok_embeddings", "model.embed_tokens.weight", LLAMA_LIKE),
-        *embedding_rows("embed_tokens", "model.embed_tokens.weight", HF_NAMES),
-        *attention_rows(ONE, HF_THREE, "weight", NATIVE),
-        *attention_rows(ONE, HF_THREE, "bias", NATIVE, BIAS),
-        *attention_rows(THREE, HF_THREE, "weight", LLAMA_LIKE),
-        *attention_rows(OWN_THREE, HF_THREE, "weight", HF_NAMES),
-        *attention_rows(OWN_THREE, HF_THREE, "bias", HF_NAMES, BIAS),
-        *linear_rows((f"{BLOCK}.mixer.out_proj.weight", f"{O_PROJ}.weight"), O_DIMS, 1, NATIVE),
-        *output_bias_rows((f"{BLOCK}.mixer.out_proj.bias", f"{O_PROJ}.bias"), NATIVE),
-        *linear_rows((f"{LAYER}.attention.wo.weight", f"{O_PROJ}.weight"), O_DIMS, 1, LLAMA_LIKE),
-        *linear_rows(_own("self_attn.o_proj.weight"), O_DIMS, 1, HF_NAMES),
-        *output_bias_rows(_own("self_attn.o_proj.bias"), HF_NAMES),
+        *embedding_rows("embedding", EMBEDDING, NATIVE),
+        *embedding_rows("tok_embeddings", EMBEDDING, LLAMA_LIKE),
+        *embedding_rows("embed_tokens", EMBEDDING, HF_NAMES),
+        *attention_rows(ONE, QKV, "weight", NATIVE),
+        *attention_rows(ONE, QKV, "bias", NATIVE, BIAS),
+        *attention_rows(THREE, QKV, "weight", LLAMA_LIKE),
+        *attention_rows(OWN_THREE, QKV, "weight", HF_NAMES),
+        *attention_rows(OWN_THREE, QKV, "bias", HF_NAMES, BIAS),
+        *linear_rows(_as(f"{BLOCK}.mixer.out_proj.weight", f"{OUT}.weight"), OUT_DIMS, 1, NATIVE),
+        *output_bias_rows(_as(f"{BLOCK}.mixer.out_proj.bias", f"{OUT}.bias"), NATIVE),
+        *linear_rows(_as(f"{LAYER}.attention.wo.weight", f"{OUT}.weight"), OUT_DIMS, 1, LLAMA_LIKE),
+        *linear_rows(_own(f"{OUT}.weight"), OUT_DIMS, 1, HF_NAMES),
+        *output_bias_rows(_own(f"{OUT}.bias"), HF_NAMES),
         *_mlp_rows(f"{BLOCK}.mlp", NATIVE),
         *_mlp_rows(f"{LAYER}.feed_forward", LLAMA_LIKE),
-        *gate_up_rows(_own("mlp.gate_proj.weight"), _own("mlp.up_proj.weight"), HF_NAMES),
-        *linear_rows(_own("mlp.down_proj.weight"), NARROW, 1, HF_NAMES),
-        norm_row((f"{BLOCK}.norm1.weight", INPUT_NORM), NATIVE),
-        norm_row((f"{LAYER}.attention_norm.weight", INPUT_NORM), LLAMA_LIKE),
-        norm_row((f"{BLOCK}.norm2.weight", POST_ATTENTION_NORM), NATIVE),
-        norm_row((f"{LAYER}.ffn_norm.weight", POST_ATTENTION_NORM), LLAMA_LIKE),
-        norm_row(_own("input_layernorm.weight"), HF_NAMES),
-        norm_row(_own("post_attention_layernorm.weight"), HF_NAMES),
-        norm_row(("norm.weight", "model.norm.weight")),
-        *head_rows(("head.weight", "lm_head.weight"), NATIVE),
-        *head_rows(("output.weight", "lm_head.weight"), LLAMA_LIKE),
-        *head_rows(("lm_head.weight", "lm_head.weight"), HF_NAMES),
+        *gate_up_rows(_own(GATE), _own(UP), HF_NAMES),
+        *linear_rows(_own(DOWN), NARROW, 1, HF_NAMES),
+        norm_row(_as(f"{BLOCK}.norm1.weight", INPUT_NORM), NATIVE),
+        norm_row(_as(f"{LAYER}.attention_norm.weight", INPUT_NORM), LLAMA_LIKE),
+        norm_row(_as(f"{BLOCK}.norm2.weight", MLP_NORM), NATIVE),
+        norm_row(_as(f"{LAYER}.ffn_norm.weight", MLP_NORM), LLAMA_LIKE),
+        norm_row(_own(INPUT_NORM), HF_NAMES),
+        norm_row(_own(MLP_NORM), HF_NAMES),
+        norm_row(_as("norm.weight", NORM)),
+        *head_rows(_as("head.weight", HEAD), NATIVE),
+        *head_rows(_as("output.weight", HEAD), LLAMA_LIKE),
+        *head_rows(_own(HEAD), HF_NAMES),
     ),
     choices=((NATIVE, LLAMA_LIKE, HF_NAMES), (VERSION_1, VERSION_2), *COMMON_CHOICES),
     ignored=RECOMPUTED,
@@ -186,4 +189,5 @@ INTERNLM = Family(
     layout_written=_layout_written,
     hf_config=_hf_config,
     training_config=_training_config,
+    shares_kv_heads=False,
 )

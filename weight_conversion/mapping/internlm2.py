@@ -13,7 +13,7 @@ from .family import (
     NARROW,
     RECOMPUTED,
     Family,
-    Rope,
+    Names,
     attention_rows,
     choices_found,
     embedding_rows,
@@ -23,6 +23,8 @@ from .family import (
     norm_row,
     output_bias_rows,
 )
+from .form import Rope
+from .llama import DOWN, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, UP
 from .rules import Grouped, ModelShape, Separate
 from .table import Layout, Table
 
@@ -35,9 +37,9 @@ THREE = (Separate(), [f"{LAYER}.attention.wq", f"{LAYER}.attention.wk", f"{LAYER
 HF_ONE = (Grouped(), [f"{HF_LAYER}.attention.wqkv"])
 
 
-def _same(name: str) -> tuple[str, str]:
-    """A tensor of a layer that has one name on both sides."""
-    return f"{LAYER}.{name}", f"{HF_LAYER}.{name}"
+def _same(name: str, llama: str) -> Names:
+    """A tensor of a layer that has one name in training and in the family's own folder."""
+    return f"{LAYER}.{name}", f"{HF_LAYER}.{name}", llama
 
 
 # fmt: off
@@ -48,14 +50,14 @@ TABLE = Table(
         *attention_rows(THREE, HF_ONE, "weight", SEPARATE),
         *attention_rows(ONE, HF_ONE, "bias", FUSED, BIAS),
         *attention_rows(THREE, HF_ONE, "bias", SEPARATE, BIAS),
-        *linear_rows(_same("attention.wo.weight"), "hidden_size q_rows", 1),
-        *output_bias_rows(_same("attention.wo.bias")),
-        *gate_up_rows(_same("feed_forward.w1.weight"), _same("feed_forward.w3.weight")),
-        *linear_rows(_same("feed_forward.w2.weight"), NARROW, 1),
-        norm_row(_same("attention_norm.weight")),
-        norm_row(_same("ffn_norm.weight")),
-        norm_row(("norm.weight", "model.norm.weight")),
-        *head_rows(("output.weight", "output.weight")),
+        *linear_rows(_same("attention.wo.weight", f"{OUT}.weight"), "hidden_size q_rows", 1),
+        *output_bias_rows(_same("attention.wo.bias", f"{OUT}.bias")),
+        *gate_up_rows(_same("feed_forward.w1.weight", GATE), _same("feed_forward.w3.weight", UP)),
+        *linear_rows(_same("feed_forward.w2.weight", DOWN), NARROW, 1),
+        norm_row(_same("attention_norm.weight", INPUT_NORM)),
+        norm_row(_same("ffn_norm.weight", MLP_NORM)),
+        norm_row(("norm.weight", "model.norm.weight", NORM)),
+        *head_rows(("output.weight", "output.weight", HEAD)),
     ),
     choices=((FUSED, SEPARATE), *COMMON_CHOICES),
     ignored=RECOMPUTED,

@@ -42,6 +42,18 @@ class Match:
             moves += [Move(full, tuple(pair for pair in pairs if pair[0].tensor is full)) for full in self.fulls]
         return moves
 
+    def moves_back(self, shape: ModelShape) -> list[Move]:
+        """The moves of reverting: where fewer tensors hold a rank's part than there are full ones, one per tensor."""
+        moves = self.moves(shape)
+        if len(self.entry.training) >= len(self.fulls):
+            return moves
+        pairs = [pair for move in moves for pair in move.pairs]
+        tensors = dict.fromkeys(part.tensor for _, part in pairs)
+        return [
+            Move(tensor, tuple((part, full) for full, part in pairs if part.tensor is tensor), back=True)
+            for tensor in tensors
+        ]
+
 
 def copies_of(rule: Rule, grid: Grid) -> list[list[int]]:
     """For each copy of a tensor that is cut by `rule`, the members of the grid that hold its parts, in order."""

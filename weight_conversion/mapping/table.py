@@ -1,5 +1,8 @@
 """One table per family says which training tensor is which Hugging Face tensor. Both directions read it.
 
+A row has three columns: the training tensors, those of the Hugging Face folder with the family's own code, and those of
+a folder that transformers' own Llama reads. `Table.as_llama()` is the table with the third in the place of the second.
+
 A checkpoint's Layout is one choice of each group that its family leaves open (how the embedding is split, whether q, k
 and v are fused, ...). Rows that hold only under a choice name it in `only`. When a Table is built it is checked: under
 no layout a training name or a Hugging Face name twice.
@@ -10,7 +13,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .rules import ModelShape, Rule
 
@@ -21,10 +24,20 @@ Layout = frozenset[str]
 
 
 @dataclass(frozen=True)
+class Column:
+    """Tensors of a Hugging Face folder: names, the words of their shapes, and the rule by which ranks share them."""
+
+    hf: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    rule: Rule
+
+
+@dataclass(frozen=True)
 class Row:
     """`training` tensors of each rank hold, laid out by `rule`, the `hf` tensors of the shapes `dims`.
 
-    `dims` has one tuple per Hugging Face name; its words are attributes of ModelShape.
+    `dims` has one tuple per Hugging Face name; its words are attributes of ModelShape. `llama` says the same of a
+    Llama folder where it differs.
     """
 
     training: tuple[str, ...]
@@ -32,10 +45,16 @@ class Row:
     dims: tuple[tuple[str, ...], ...]
     rule: Rule
     only: Layout = frozenset()
+    llama: Column | None = None
 
     @property
     def per_layer(self) -> bool:
         return LAYER in self.hf[0]
+
+    def as_llama(self) -> Row:
+        if self.llama is None:
+            return self
+        return replace(self, hf=self.llama.hf, dims=self.llama.dims, rule=self.llama.rule, llama=None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,10 @@ class Table:
     def _hold_together(self, one: Row, other: Row) -> bool:
         """Whether there is a layout in which both rows hold."""
         return all(len((one.only | other.only) & set(group)) <= 1 for group in self.choices)
+
+    def as_llama(self) -> Table:
+        """The table of a Llama folder; checked like this one."""
+        return replace(self, rows=tuple(row.as_llama() for row in self.rows))
 
     def layouts(self) -> Iterator[Layout]:
         return (frozenset(combination) for combination in itertools.product(*self.choices))

@@ -28,7 +28,8 @@ from ..folders.hf_folder import (
     write_json,
 )
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
-from ..mapping.family import Family, Rope, positive_number, training_shape
+from ..mapping.family import Family, positive_number, training_shape
+from ..mapping.form import Form, Rope
 from ..mapping.hf_settings import training_settings
 from ..mapping.matching import Match, Parts, match_training
 from ..mapping.rules import ModelShape
@@ -48,12 +49,14 @@ NORMALIZED, RAW = "normalized", "raw"
 class ConvertRequest:
     """What the user asked for; `dynamic_factor` is None without dynamic NTK scaling.
 
-    `config` is the configuration of the Hugging Face class that training ran on, `norm_head` is NORMALIZED or RAW.
+    `format` is the model_type of one of the family's forms, `config` the configuration of the Hugging Face class that
+    training ran on, `norm_head` is NORMALIZED or RAW.
     """
 
     source: Path
     target: Path
     tokenizer: Path
+    format: str
     dtype: DType
     max_shard: int
     max_position_embeddings: int
@@ -84,22 +87,23 @@ class _Source:
 def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
     publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
-    modules = code_files(family.code, family.model_type)
-    source = _understand(family, request, reporter)
-    tokenizer = _checked_tokenizer(family, request, source.shape)
+    form = family.forms[request.format]
+    modules = [] if form.code is None else code_files(form.code, form.model_type)
+    source = _understand(family, form, request, reporter)
+    tokenizer = _checked_tokenizer(form, request, source.shape)
     if request.verify:
         verify_files(source.checkpoint)
     _check_replicas(source)
     weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
-    config = _config(family, request, source)
-    _warn(family, request, source, reporter)
+    config = _config(form, request, source)
+    _warn(form, request, source, reporter)
     with publication as folder, naming(folder):
         _write_weights(source, weights, request, reporter)
         copy_code(modules, folder)
-        for warning in tokenizer.write(folder, family.tokenizer, request.chat):
+        for warning in tokenizer.write(folder, form.tokenizer, request.chat):
             reporter.warn(warning)
-        write_json(folder / GENERATION_CONFIG, _generation_config(family, request.chat))
+        write_json(folder / GENERATION_CONFIG, _generation_config(form, request.chat))
         if weights.index is not None:
             write_index(folder, weights.index)
         write_json(folder / CONFIG, config)
@@ -111,14 +115,15 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     )
 
 
-def _understand(family: Family, request: ConvertRequest, reporter: Reporter) -> _Source:
+def _understand(family: Family, form: Form, request: ConvertRequest, reporter: Reporter) -> _Source:
     checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
     experts = [name for name in checkpoint.tensors if "moe" in name or "expert" in name]
     if experts:
         raise ConversionError(f"{request.source} is a mixture of experts (MoE, tensor {experts[0]!r}): not supported.")
     layout = family.layout_found(checkpoint, request.version)
-    shape = training_shape(checkpoint, family.table, layout)
-    parts = match_training(checkpoint, family.table, layout, shape)
+    shape = training_shape(checkpoint, form.table, layout)
+    family.check_heads(shape, checkpoint.config_file)
+    parts = match_training(checkpoint, form.table, layout, shape)
     return _Source(checkpoint, layout, shape, parts, _normalizes_head(checkpoint, request))
 
 
@@ -154,7 +159,7 @@ def _normalizes_head(checkpoint: TrainingCheckpoint, request: ConvertRequest) ->
     return is_set and request.norm_head != RAW
 
 
-def _checked_tokenizer(family: Family, request: ConvertRequest, shape: ModelShape) -> Tokenizer:
+def _checked_tokenizer(form: Form, request: ConvertRequest, shape: ModelShape) -> Tokenizer:
     with naming(request.tokenizer):
         tokenizer = Tokenizer.read(request.tokenizer)
     if tokenizer.vocab_size > shape.vocab_size:
@@ -163,7 +168,9 @@ def _checked_tokenizer(family: Family, request: ConvertRequest, shape: ModelShap
             "Pass the tokenizer that the model was trained with."
         )
     if request.chat:
-        tokenizer.check_chat(family.tokenizer)
+        tokenizer.check_chat(form.tokenizer)
+    if form.code is None:
+        tokenizer.check_without_code(form.tokenizer, request.chat)
     return tokenizer
 
 
@@ -189,11 +196,11 @@ def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
     return [TensorSpec(name, shape, dtype) for name, shape in named]
 
 
-def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Reporter) -> None:
-    if source.has_bias and family.model_type == "internlm2":
+def _warn(form: Form, request: ConvertRequest, source: _Source, reporter: Reporter) -> None:
+    if source.has_bias and form.model_type == "internlm2":
         reporter.warn(
             "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch) and mlx-lm use them; vLLM and "
-            "SGLang drop the biases of InternLM2 silently and answer wrongly."
+            "SGLang drop the biases of InternLM2 silently and answer wrongly. They keep those of --format llama."
         )
     if source.normalizes_head and request.norm_head is None:
         reporter.warn(
@@ -208,7 +215,7 @@ def _warn(family: Family, request: ConvertRequest, source: _Source, reporter: Re
             f"{source.checkpoint.config_file.name} says max_position_embeddings = {shown(trained_positions)}, the "
             f"folder gets {request.max_position_embeddings} from --max_pos."
         )
-    if "." in request.target.name:
+    if "." in request.target.name and form.code is not None:
         reporter.warn(
             f"the folder name {request.target.name!r} has a dot, with which some transformers versions cannot load "
             "remote code from a folder."
@@ -271,26 +278,14 @@ def _normalize_rows(rows: Array) -> None:
     np.divide(rows, np.maximum(lengths, 1e-12)[:, None], out=rows, casting="same_kind")
 
 
-def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[str, Any]:
+def _config(form: Form, request: ConvertRequest, source: _Source) -> dict[str, Any]:
     """config.json in the spelling that every consumer reads: legacy and current keys, nothing left to defaults."""
     shape, training = source.shape, source.checkpoint.config
     where = source.checkpoint.config_file
     rope = Rope(positive_number(training, "rope_base", where, DEFAULT_ROPE_BASE), request.dynamic_factor)
     dtype = request.dtype.name
-    name = family.name
-    modeling = f"modeling_{family.model_type}.{name}"
     return {
-        "architectures": [f"{name}ForCausalLM"],
-        "attn_implementation": "eager",
-        "auto_map": {
-            "AutoConfig": f"configuration_{family.model_type}.{name}Config",
-            "AutoModel": f"{modeling}ForCausalLM",
-            "AutoModelForCausalLM": f"{modeling}ForCausalLM",
-            "AutoModelForSequenceClassification": f"{modeling}ForSequenceClassification",
-            "AutoModelForTokenClassification": f"{modeling}ForTokenClassification",
-            "AutoModelForQuestionAnswering": f"{modeling}ForQuestionAnswering",
-        },
-        "bias": source.has_bias,
+        "architectures": [f"{form.name}ForCausalLM"],
         "bos_token_id": 1,
         "dtype": dtype,
         "eos_token_id": 2,
@@ -299,7 +294,7 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
         "initializer_range": 0.02,
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": request.max_position_embeddings,
-        "model_type": family.model_type,
+        "model_type": form.model_type,
         "num_attention_heads": shape.num_heads,
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_kv_heads,
@@ -310,7 +305,7 @@ def _config(family: Family, request: ConvertRequest, source: _Source) -> dict[st
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
-        **family.hf_config(rope),
+        **form.config(shape, source.has_bias, rope),
     }
 
 
@@ -327,5 +322,5 @@ def _rope_config(rope: Rope) -> dict[str, Any]:
     }
 
 
-def _generation_config(family: Family, chat: bool) -> dict[str, Any]:
-    return {"bos_token_id": 1, "eos_token_id": family.tokenizer.eos_token_ids(chat), "pad_token_id": 2}
+def _generation_config(form: Form, chat: bool) -> dict[str, Any]:
+    return {"bos_token_id": 1, "eos_token_id": form.tokenizer.eos_token_ids(chat), "pad_token_id": 2}

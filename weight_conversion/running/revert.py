@@ -122,22 +122,25 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
             "takes safetensors first)."
         )
     where = request.source / CONFIG
-    if folder.config.get("model_type") != family.model_type:
+    form = family.forms.get(str(folder.config.get("model_type")))
+    if form is None:
         raise ConversionError(
-            f"{where} is of model_type {shown(folder.config.get('model_type'))}, expected {family.model_type!r}. "
-            "Each family has its own script."
+            f"{where} is of model_type {shown(folder.config.get('model_type'))}, expected "
+            f"{' or '.join(map(repr, family.forms))}. Each family has its own script."
         )
     shape = hf_shape(folder.config, where)
+    family.check_heads(shape, where)
     tensors = dict(folder.tensors)
     for head, embedding in HEAD_OF.items():
         if folder.config.get("tie_word_embeddings") and embedding in tensors:
             tensors.setdefault(head, tensors[embedding])
     has_bias = any(name.endswith(".bias") for name in tensors)
+    form.check(folder.config, shape, has_bias, where)
     embedding = HIDDEN_SPLIT if request.hidden_split else VOCABULARY_SPLIT
     joined = request.mlp_layer_fusion
     common = common_choices(request.grid.names, embedding, HALVES, joined=joined, bias=has_bias)
     layout = family.layout_written(common, request.version)
-    return _Source(folder, shape, has_bias, match_hf(tensors, family.table, layout, shape, str(request.source)))
+    return _Source(folder, shape, has_bias, match_hf(tensors, form.table, layout, shape, str(request.source)))
 
 
 def _run(request: RevertRequest, shape: ModelShape) -> Run:
@@ -200,7 +203,7 @@ def _tasks(source: _Source, run: Run, writers: Mapping[tuple[int, int], TorchFil
             [[writers[place[1], member].tensors[name] for name in names] for member in copy]
             for copy in copies_of(entry.rule, run.grid)
         ]
-        tasks.append(Match(entry, fulls, copies).moves(source.shape))
+        tasks.append(Match(entry, fulls, copies).moves_back(source.shape))
     return tasks
 
 
@@ -221,7 +224,7 @@ def _write_shards(
                 raise ConversionError(f"{writer.path} was not written as it was meant: the disk or memory failed.")
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
-                part = move.pairs[0][1].tensor
+                part = move.full if move.back else move.pairs[0][1].tensor
                 raise ConversionError(
                     f"{part.path}: tensor {part.name!r}, or that of another rank, was not written as it was read: the "
                     "disk or memory failed."

@@ -8,13 +8,18 @@
 
 `auto_map` names the slow class and, where there is a tokenizer.json, the fast one that reads it, which is what every
 version then takes. Transformers 5.3 to 5.11 read tokenizer.json with their own class in the place of InternLM2's.
+
+A folder without code has no slow class: its class is transformers' own PreTrainedTokenizerFast, which takes
+tokenizer.json as it is (LlamaTokenizer would make the tokenizer anew, by the rules of another model). So tokenizer.json
+must be there.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +47,8 @@ class TokenizerSpec:
     """What the tokenizer files say about one family."""
 
     class_name: str
-    module: str
+    module: str | None
+    """The module beside the weights that has the class; None where transformers has it."""
     chat_tokens: tuple[ChatToken, ...]
     end_of_turn: str
     chat_template: str
@@ -51,6 +57,10 @@ class TokenizerSpec:
         """Return `eos_token_id` of generation_config.json: `</s>`, and with chat the end of a turn as well."""
         ends = [token.id for token in self.chat_tokens if token.content == self.end_of_turn]
         return [2, *ends] if chat else 2
+
+    def without_code(self) -> TokenizerSpec:
+        """The same tokenizer as a class of transformers, which reads tokenizer.json."""
+        return replace(self, class_name="PreTrainedTokenizerFast", module=None)
 
 
 INTERNLM_TOKENIZER = TokenizerSpec(
@@ -122,16 +132,21 @@ class Tokenizer:
             return f"has {self.vocab_size} pieces"
         return f"has {piece.text!r} ({piece.kind.name.lower().replace('_', '-')}) there"
 
+    def check_without_code(self, spec: TokenizerSpec, chat: bool) -> None:
+        """Raise ConversionError unless there can be a tokenizer.json, which is all that a folder without code has."""
+        _, reason = self._fast(spec, chat)
+        if reason is not None:
+            raise ConversionError(
+                f"{self._model.path} has no tokenizer that loads without remote code, because {reason}; "
+                "convert without --format llama."
+            )
+
     def write(self, folder: Path, spec: TokenizerSpec, chat: bool) -> list[str]:
         """Write the tokenizer files into `folder`; return a warning of everything that had to be left out.
 
         `check_chat` must have passed if `chat`.
         """
-        special = self._special_tokens(spec, chat)
-        reason = obstacle(self._model)
-        if reason is None:
-            text = tokenizer_json(self._model, special)
-            reason = first_difference(text, self._model, special)
+        text, reason = self._fast(spec, chat)
         if reason is None:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         (folder / "tokenizer.model").write_bytes(self._model.data)
@@ -153,15 +168,23 @@ class Tokenizer:
                 "the tokenizer then needs trust_remote_code=True and is the slow one."
             )
 
+    @cache  # noqa: B019 (one tokenizer per run)
+    def _fast(self, spec: TokenizerSpec, chat: bool) -> tuple[str, str | None]:
+        """Return the text of tokenizer.json and None, or "" and why there is none."""
+        special = self._special_tokens(spec, chat)
+        reason = obstacle(self._model)
+        if reason is not None:
+            return "", reason
+        text = tokenizer_json(self._model, special)
+        return text, first_difference(text, self._model, special)
+
     def _special_tokens(self, spec: TokenizerSpec, chat: bool) -> SpecialTokens:
         chat_names = {token.id: token.content for token in spec.chat_tokens} if chat else {}
         return SpecialTokens(names={0: UNK, 1: BOS, 2: EOS} | chat_names, bos=BOS)
 
     def _config(self, spec: TokenizerSpec, chat: bool, fast: bool) -> dict[str, Any]:
         special = self._special_tokens(spec, chat)
-        slow_class = f"{spec.module}.{spec.class_name}"
-        fast_class = f"{spec.module}_fast.{spec.class_name}Fast" if fast else None
-        config = {
+        config: dict[str, Any] = {
             "add_bos_token": True,
             "add_eos_token": False,
             "add_prefix_space": self._model.adds_prefix_space,  # readers without the model put a space in front else
@@ -176,13 +199,15 @@ class Tokenizer:
                 }
                 for index, name in special.names.items()
             },
-            "auto_map": {"AutoTokenizer": [slow_class, fast_class]},
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],  # else the fast class adds token_type_ids
             "model_max_length": _NO_LIMIT,
-            "sp_model_kwargs": None,
             "tokenizer_class": spec.class_name,
         } | _special_tokens_map(spec, chat)
+        if spec.module is not None:
+            config["sp_model_kwargs"] = None
+            fast_class = f"{spec.module}_fast.{spec.class_name}Fast" if fast else None
+            config["auto_map"] = {"AutoTokenizer": [f"{spec.module}.{spec.class_name}", fast_class]}
         if chat:
             config["chat_template"] = spec.chat_template
         return dict(sorted(config.items()))
