@@ -1,0 +1,136 @@
+"""Loads a folder of shards with the training framework's own loader, one process per rank, on a CPU.
+
+    python load_shards.py FOLDER internlm|internlm2 [--tp 2] [--pp 2] [--wp 4] [--allow-second-name]
+
+Needs the framework (PyPI: internevo 0.5.2.dev20240525) and torch; nothing of this repository. Every rank builds its
+part of the model from model_config.pt with the framework's builder, loads its file with the framework's loader, and
+fails where that logs a missing or an unexpected name or where a parameter is not, bit for bit, what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.machinery
+import importlib.util
+import math
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+MODEL_TYPES = {"internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC"}
+NOT_OF_THIS_BUILDER = {
+    "INTERNLM": ("adapt_hf", "norm_head", "no_bias", "num_kv_attention_heads"),
+    "INTERNLM2_PUBLIC": ("adapt_hf",),
+}
+"""Keys that other versions of the builder take; the framework hands each key on as an argument."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("family", choices=MODEL_TYPES)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--wp", type=int, help="weight-parallel size: the run is isp")
+    parser.add_argument("--allow-second-name", action="store_true", help="of the embedding, in the only shard")
+    arguments = parser.parse_args()
+    world = arguments.pp * math.lcm(arguments.tp, arguments.wp or 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.multiprocessing.spawn(load_rank, (world, arguments, Path(scratch) / "meeting"), nprocs=world)
+    sizes = f"tp {arguments.tp}, pp {arguments.pp}, " + (f"isp wp {arguments.wp}" if arguments.wp else "mtp")
+    print(f"ok   {arguments.folder.name}: {world} ranks ({sizes}) hold exactly what their files hold")
+    return 0
+
+
+def load_rank(rank: int, world: int, arguments: argparse.Namespace, meeting: Path) -> None:
+    """One process of the run."""
+    torch.set_num_threads(1)
+    if importlib.util.find_spec("dill") is None:  # imported, not used
+        stand_in = types.ModuleType("dill")
+        stand_in.__spec__ = importlib.machinery.ModuleSpec("dill", None)
+        sys.modules["dill"] = stand_in
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    context = start(rank, world, arguments)
+    from internlm.checkpoint import components
+    from internlm.model.builder import create_model
+    from internlm.model.registry import register_model_initializer
+    from internlm.utils.storage_manager import init_storage_manager
+
+    with contextlib.suppress(AssertionError):  # registered on import, in some versions
+        register_model_initializer()
+    init_storage_manager(False, None, False)
+    model = create_model(context.config.model_type, **dict(context.config.model))
+    with torch.no_grad():
+        for parameter in model.parameters():  # what is not loaded stays so
+            parameter.fill_(float("nan"))
+    said: list[str] = []
+    with mock.patch.object(components.logger, "warning", said.append):
+        components.load_model_checkpoint(f"local:{arguments.folder}", model)
+    unexpected = [text for text in said if not (arguments.allow_second_name and "unexpected" in text)]
+    if unexpected or any(text.count("'") > 2 for text in said):
+        raise AssertionError(f"rank {rank}: {said}")
+    compare(rank, model, saved_file(arguments, context))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start(rank: int, world: int, arguments: argparse.Namespace) -> Any:
+    """The framework's global context, initialised for the run, on a CPU."""
+    from internlm.core.context import Config, ParallelMode
+    from internlm.core.context import global_context as context
+
+    settings = torch.load(arguments.folder / "model_config.pt", weights_only=True)
+    model_type = MODEL_TYPES[arguments.family]
+    settings = {key: value for key, value in settings.items() if key not in NOT_OF_THIS_BUILDER[model_type]}
+    settings |= {"dtype": torch.float32, "parallel_output": False}
+    mode = "mtp" if arguments.wp is None else "isp"
+    parallel = {
+        "zero1": {"size": -1, "fsdp": False},
+        "tensor": {"size": arguments.tp, "mode": mode},
+        "pipeline": {"size": arguments.pp, "interleaved_overlap": True},
+        "weight": {"size": arguments.wp or 1, "overlap": False, "memory_pool": False},
+        "sequence_parallel": mode == "isp",
+    }
+    data = {"use_packed_dataset": False, "seq_len": 64, "micro_num": 1, "micro_bsz": 1}
+    context.load_config(Config({"model_type": model_type, "model": settings, "parallel": parallel, "data": data}))
+    ranks = list(range(world))
+    group = dist.GroupMember.WORLD
+    context._register_dist(rank, world, group, None, ranks, ParallelMode.GLOBAL)
+    context._global_ranks[ParallelMode.GLOBAL] = rank
+    context.init_parallel_groups()
+    from internlm.accelerator import get_accelerator
+
+    type(get_accelerator()).empty_cache = lambda self: None  # there is none to empty
+    return context
+
+
+def saved_file(arguments: argparse.Namespace, context: Any) -> Path:
+    from internlm.core.context import ParallelMode
+
+    tp, wp, pp = (
+        context.get_local_rank(mode) for mode in (ParallelMode.TENSOR, ParallelMode.WEIGHT, ParallelMode.PIPELINE)
+    )
+    name = f"model_tp{tp}_pp{pp}.pt" if arguments.wp is None else f"model_tp{tp}_wp{wp}_pp{pp}.pt"
+    return Path(arguments.folder / name)
+
+
+def compare(rank: int, model: torch.nn.Module, path: Path) -> None:
+    """Every tensor that the model would save is that of the file."""
+    expected, found = torch.load(path, weights_only=True), model.state_dict()
+    for name, tensor in found.items():
+        if name not in expected or not torch.equal(tensor, expected[name].to(tensor.dtype)):
+            raise AssertionError(f"rank {rank}: {name} is not as {path.name} has it")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
