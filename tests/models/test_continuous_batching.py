@@ -79,8 +79,11 @@ def test_prompts_beyond_the_trained_length_and_in_pieces(family: Family, rope: s
 
 
 @over_families
-def test_dynamic_scaling_beyond_the_trained_length_is_refused_by_name(family: Family) -> None:
+def test_dynamic_scaling_beyond_the_trained_length_is_refused_by_name(
+    family: Family, caplog: pytest.LogCaptureFixture
+) -> None:
     outcomes = batched(tiny(family, "dynamic"), [tokens(1, 40)])
-    assert "A sequence of 40 tokens is longer than max_position_embeddings = 32" in outcomes[0].error
-    assert "dynamic NTK scaling" in outcomes[0].error
-    assert "Use generate" in outcomes[0].error
+    assert all(outcome.error for outcome in outcomes)  # 5.4 gives none at all, and tells the error in its log alone
+    assert "A sequence of 40 tokens is longer than max_position_embeddings = 32" in caplog.text
+    assert "dynamic NTK scaling" in caplog.text
+    assert "Use generate" in caplog.text
