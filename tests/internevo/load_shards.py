@@ -69,6 +69,11 @@ def load_rank(rank: int, world: int, arguments: argparse.Namespace, meeting: Pat
         register_model_initializer()
     init_storage_manager(False, None, False)
     model = create_model(context.config.model_type, **dict(context.config.model))
+    if isinstance(model, torch.nn.ModuleList):  # chunks: training wraps each, and saves them with the wrapper's name
+        from internlm.core.naive_amp import NaiveAMPModel
+
+        wrapped = [NaiveAMPModel(model=chunk, dtype=torch.float32, sync_buffer=False) for chunk in model]
+        model = torch.nn.ModuleList(wrapped)
     with torch.no_grad():
         for parameter in model.parameters():  # what is not loaded stays so
             parameter.fill_(float("nan"))
