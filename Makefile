@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-kernels kernels-ci lint compat compat-ci compat-environments llama-cpp tokenizer-versions peer-tests
+.PHONY: demo test test-kernels kernels-ci floor newest-torch lint compat compat-ci compat-environments llama-cpp tokenizer-versions peer-tests
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -34,6 +34,32 @@ test-kernels: $(READY)
 # All of the sets that are furthest from a new processor's, at once.
 kernels-ci: $(READY)
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python $(ON_KERNELS)
+
+# All tests on the lowest versions that pyproject.toml allows, together, on the lowest Python. Where the registry has
+# torch of that version for GPUs only, the environment takes 7 GB.
+FLOOR := .compat/floor
+FLOOR_PYTHON ?= python3.11
+
+$(FLOOR)/.installed: requirements.floor.txt
+	rm -rf $(FLOOR)
+	$(FLOOR_PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.floor.txt
+	touch $@
+
+floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pip list --format=freeze
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal
+
+# All tests on the newest torch that pip finds today, and on the locked versions of all else. Up to 6 GB, as above.
+NEWEST_TORCH := .compat/newest-torch
+
+newest-torch:
+	rm -rf $(NEWEST_TORCH)
+	$(PYTHON) -m venv $(NEWEST_TORCH)
+	sed '/^torch==/d' requirements.lock > $(NEWEST_TORCH)/requirements.txt
+	$(NEWEST_TORCH)/bin/pip install --quiet --disable-pip-version-check torch -r $(NEWEST_TORCH)/requirements.txt
+	$(NEWEST_TORCH)/bin/python -c "import torch; print('torch', torch.__version__)"
+	$(NEWEST_TORCH)/bin/python -m pytest -n 2 --dist worksteal
 
 # .compat/<version>/: transformers 4.57.6 to 5.24.0, one folder each, all on this environment's torch.
 compat-environments: $(READY)
