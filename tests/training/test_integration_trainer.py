@@ -31,8 +31,9 @@ class Padding:
 
 
 def examples(repeat: int = 1) -> list[dict[str, list[int]]]:
+    """Rows that predict nothing in their first place: transformers 4 counts its label all the same, if there is one."""
     rows = [tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
-    return [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in rows] * repeat
+    return [{"input_ids": row, "labels": [-100, *row[1:]], "attention_mask": [1] * len(row)} for row in rows] * repeat
 
 
 def trainer(model: Any, folder: Path, collator: Any = None, **settings: Any) -> Trainer:
