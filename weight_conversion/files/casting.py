@@ -20,11 +20,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
-Array = NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 Step = Callable[[Array, Array], None]
 """Writes the second array, elements as unsigned integers of their size, from the first."""
 

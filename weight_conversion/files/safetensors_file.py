@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError, naming, shown
+from ..errors import LONGEST, ConversionError, naming, shown
 from .dtypes import DTYPES
 from .kinds import check_regular
 from .views import StoredTensor, TensorSpec, contiguous_strides
@@ -26,6 +26,8 @@ BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in DTYPES}
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
 """The limit of the safetensors library: a larger header is a damaged file."""
+MAX_TENSORS, MAX_DIMENSIONS = 100_000, 64
+"""No model has more: a file that says so is refused before time goes into reading it."""
 ALIGNMENT = 8
 
 
@@ -38,10 +40,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if size < LENGTH_BYTES or length > min(MAX_HEADER, size - LENGTH_BYTES):
             raise _broken(path, f"its header of {length} bytes does not fit a file of {size} bytes")
         text = file.read(length)
+    if text.count(b"{") > MAX_TENSORS:
+        raise _broken(path, f"its header describes more than {MAX_TENSORS} tensors")
     try:
         header = json.loads(text, object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is not JSON ({error})") from error
+        raise _broken(path, f"its header is not JSON ({error!s:.{LONGEST}})") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -63,6 +67,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
         dtype, shape, (begin, end) = BY_SAFETENSORS_NAME[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"the entry of tensor {shown(name)} is not one of a tensor: {shown(entry)}") from error
+    if len(shape) > MAX_DIMENSIONS:
+        raise _broken(path, f"tensor {shown(name)} has {len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
         raise _broken(path, f"tensor {shown(name)} has a negative or fractional size or offset: {shown(entry)}")
     if end - begin != math.prod(shape) * dtype.itemsize:

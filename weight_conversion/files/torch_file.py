@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConversionError, naming, shown
+from ..errors import LONGEST, ConversionError, naming, shown
 from .kinds import check_regular
 from .plain_pickle import PickledStorage, PickledTensor, PickleError, dumps, dumps_state_dict, loads
 from .views import StoredTensor, TensorSpec, contiguous_strides
@@ -38,6 +38,7 @@ UTF8_NAMES = 0x800
 EARLIEST_DATE = 0x21
 """1 January 1980: a fixed date keeps the same tensors the same file."""
 TENSOR_ALIGNMENT = 64
+MAX_DIMENSIONS = 64
 LARGEST = (1 << 63) - 1
 """No file position, size or stride is larger."""
 
@@ -69,7 +70,9 @@ def check_records(path: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # a damaged archive raises many kinds of errors
-        raise ConversionError(f"{path} is damaged ({error}). Copy it again from where it was saved.") from error
+        raise ConversionError(
+            f"{path} is damaged ({error!s:.{LONGEST}}). Copy it again from where it was saved."
+        ) from error
     if damaged is not None:
         raise ConversionError(
             f"{path} is damaged: the checksum of its record {shown(damaged)} does not fit. Copy it again."
@@ -117,8 +120,8 @@ def _unreadable(path: Path, error: Exception) -> ConversionError:
             f"{path} is in the format that torch.save had before torch 1.6. Save it again with a newer torch."
         )
     return ConversionError(
-        f"{path} is not a whole torch.save file ({str(error) or type(error).__name__}): it is empty, truncated or "
-        "damaged. Copy it again from where it was saved."
+        f"{path} is not a whole torch.save file ({str(error)[:LONGEST] or type(error).__name__}): it is empty, "
+        "truncated or damaged. Copy it again from where it was saved."
     )
 
 
@@ -144,7 +147,7 @@ def _stored(path: Path, name: object, value: object, records: Mapping[str, _Reco
     storage, dtype = value.storage, value.storage.dtype
     numbers = (value.offset, *value.shape, *value.strides, storage.numel)
     well_formed = all(type(number) is int and 0 <= number <= LARGEST for number in numbers)
-    if not well_formed or len(value.shape) != len(value.strides):
+    if not well_formed or len(value.shape) > MAX_DIMENSIONS or len(value.shape) != len(value.strides):
         raise ConversionError(f"{path}: tensor {shown(name)} has a shape or position that no tensor has.")
     record = records.get(storage.key)
     if record is None or record.size != storage.numel * dtype.itemsize:

@@ -21,7 +21,7 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..errors import ConversionError, naming, shown
+from ..errors import LONGEST, ConversionError, naming, shown
 from ..files.safetensors_file import SafetensorsWriter, read_header
 from ..files.torch_file import check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
         with naming(path):
             content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON: {error}.") from error
+        raise ConversionError(f"{path} is not JSON: {error!s:.{LONGEST}}.") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
     return content

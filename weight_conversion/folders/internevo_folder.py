@@ -10,7 +10,6 @@ tensor and, under it, what each member of the grid holds.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError, naming
+from ..errors import ConversionError, naming, shown
 from ..files.torch_file import TorchFileWriter, check_records, read_plain_dict, read_state_dict, write_plain_dict
 from ..files.views import StoredTensor, TensorSpec
 from .grid import Grid, found_grid
@@ -91,8 +90,9 @@ def read_checkpoint(folder: Path) -> TrainingCheckpoint:
             twin = members[shard.member]
             if twin is not None:
                 raise ConversionError(
-                    f"{shard.path}: tensor {tensor.name!r} is {whole_name!r} of the whole model, which {twin.path} "
-                    f"holds too ({twin.name!r}). Shards of different runs seem to be mixed in {folder}."
+                    f"{shard.path}: tensor {shown(tensor.name)} is {shown(whole_name)} of the whole model, which "
+                    f"{twin.path} holds too ({shown(twin.name)}). Shards of different runs seem to be mixed in "
+                    f"{folder}."
                 )
             members[shard.member] = tensor
     return TrainingCheckpoint(folder, config_file, tuple(files.values()), grid, numbering, config, tensors)
@@ -113,7 +113,7 @@ class _Shard:
         for name, tensor in self.tensors.items():
             found = parsed(name)
             if found is None:
-                raise ConversionError(f"{self.path}: a tensor has the name {name!r}, which no model gives.")
+                raise ConversionError(f"{self.path}: a tensor has the name {shown(name)}, which no model gives.")
             if not self._is_second_name(name):
                 yield found, tensor
 
@@ -160,12 +160,16 @@ def verify_files(checkpoint: TrainingCheckpoint) -> None:
 
 
 def _check_md5(path: Path, beside: Path) -> None:
+    import hashlib  # only here: it takes long to import
+
     with naming(beside):
         words = beside.read_text(encoding="utf-8", errors="replace").split()
     with naming(path), path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found not in (word.lower() for word in words):
-        raise ConversionError(f"{path} has MD5 {found}, but {beside} says {' '.join(words)[:80]!r}. Copy it again.")
+        raise ConversionError(
+            f"{path} has MD5 {found}, but {beside} says {shown(' '.join(words)[:80])}. Copy it again."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,7 +146,7 @@ def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout:
         if checkpoint.config.get(size, found) != found:
             raise ConversionError(
                 f"{checkpoint.config_file} says {size} = {shown(checkpoint.config[size])}, but tensor "
-                f"{tensor.name!r} of shape {list(tensor.shape)} in {tensor.path} makes it {found}. "
+                f"{shown(tensor.name)} of shape {shown(list(tensor.shape))} in {tensor.path} makes it {found}. "
                 "Shards are missing, or the file belongs to another checkpoint."
             )
         return found
@@ -193,8 +193,8 @@ def positive_number(config: Mapping[str, Any], key: str, where: Path, default: f
     """A setting, or `default` where it is absent or None; ConversionError where that is no positive finite number."""
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConversionError(f"{where}: {key} is {shown(value)}, expected a positive number.")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise ConversionError(f"{where}: {key} is {shown(value)}, expected a positive number that a float can hold.")
     return value
 
 
@@ -386,7 +386,7 @@ def order_found(checkpoint: TrainingCheckpoint) -> str:
     interleaved, adapt_hf = checkpoint.config.get("qk_interleaved"), checkpoint.config.get("adapt_hf")
     if interleaved is not None and adapt_hf is not None and bool(interleaved) == bool(adapt_hf):
         raise ConversionError(
-            f"{checkpoint.config_file} says qk_interleaved = {interleaved} and adapt_hf = {adapt_hf}, "
+            f"{checkpoint.config_file} says qk_interleaved = {shown(interleaved)} and adapt_hf = {shown(adapt_hf)}, "
             "which contradict each other."
         )
     if interleaved is None:

@@ -47,12 +47,12 @@ def rope_of(config: Mapping[str, Any], where: Path, warn: Callable[[str], None])
     }
     if len(bases) > 1 or len(kinds) > 1 or (kinds == {"dynamic"} and len(factors) > 1):
         raise ConversionError(
-            f"{where} gives several rotary settings that contradict each other: bases {sorted(bases)}, "
-            f"types {sorted(kinds)}, factors {sorted(factors)}. Keep one."
+            f"{where} gives several rotary settings that contradict each other: bases {shown(sorted(bases))}, "
+            f"types {shown(sorted(kinds))}, factors {shown(sorted(factors))}. Keep one."
         )
     kind = kinds.pop() if kinds else "default"
     if kind not in ("default", "dynamic"):
-        warn(f"rotary scaling {kind!r} has no counterpart in InternEvo: only the base is kept.")
+        warn(f"rotary scaling {shown(kind)} has no counterpart in InternEvo: only the base is kept.")
     return Rope(bases.pop() if bases else 10000, (factors.pop() if factors else 1.0) if kind == "dynamic" else None)
 
 

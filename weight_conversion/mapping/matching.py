@@ -88,11 +88,11 @@ def _copies_found(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShap
             if member not in holding:
                 if tensor is not None:
                     rank = grid.ranks(group)[member]
-                    raise ConversionError(f"{tensor.path}: tensor {tensor.name!r} is not expected on rank {rank}.")
+                    raise ConversionError(f"{tensor.path}: tensor {shown(tensor.name)} is not expected on rank {rank}.")
                 continue
             if tensor is None:
                 raise ConversionError(
-                    f"{checkpoint.folder}: tensor {name!r} (layers counted through the pipeline) is in none of "
+                    f"{checkpoint.folder}: tensor {shown(name)} (layers counted through the pipeline) is in none of "
                     f"{grid.name(grid.members[member], '*')}, expected on each of {len(holding)} {group.value} ranks. "
                     "The checkpoint is incomplete or no model of this family."
                 )
@@ -106,6 +106,10 @@ def match_hf(
     tensors: Mapping[str, StoredTensor], table: Table, layout: Layout, shape: ModelShape, where: str
 ) -> list[tuple[Entry, list[StoredTensor]]]:
     """Every entry with its Hugging Face tensors; ConversionError names what does not fit."""
+    if shape.num_layers > len(tensors):
+        raise ConversionError(
+            f"{where} holds {len(tensors)} tensors, which cannot be the {shape.num_layers} layers of its config.json."
+        )
     entries = table.entries(layout, shape)
     _refuse_unknown(tensors, {name for entry in entries for name in entry.hf}, table)
     matched = []
@@ -113,7 +117,7 @@ def match_hf(
         fulls = []
         for name, expected in zip(entry.hf, entry.hf_shapes, strict=True):
             if name not in tensors:
-                raise ConversionError(f"{where} lacks tensor {name!r}, which a model of its config.json has.")
+                raise ConversionError(f"{where} lacks tensor {shown(name)}, which a model of its config.json has.")
             _check(tensors[name], expected, "from config.json")
             fulls.append(tensors[name])
         _check_same_dtype(fulls)
@@ -136,7 +140,7 @@ def part_shapes(entry: Entry, grid: Grid, shape: ModelShape) -> list[tuple[int, 
                 "then save_pretrained."
             )
         raise ConversionError(
-            f"tensor {entry.training[0]!r} cannot be split over {size} {group.value} ranks: {error}. {remedy}"
+            f"tensor {shown(entry.training[0])} cannot be split over {size} {group.value} ranks: {error}. {remedy}"
         ) from error
 
 
@@ -165,20 +169,24 @@ def _refuse_unknown(found: Mapping[str, StoredTensor], expected: set[str], table
 def _check(tensor: StoredTensor, expected: tuple[int, ...], why: str) -> None:
     if tensor.shape != expected:
         raise ConversionError(
-            f"{tensor.path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, expected {list(expected)} {why}."
+            f"{tensor.path}: tensor {shown(tensor.name)} has shape {shown(list(tensor.shape))}, "
+            f"expected {shown(list(expected))} {why}."
         )
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ConversionError(
-            f"{tensor.path}: tensor {tensor.name!r} is of type {tensor.dtype}, expected a floating-point weight."
+            f"{tensor.path}: tensor {shown(tensor.name)} is of type {tensor.dtype}, expected a floating-point weight."
         )
     if not tensor.is_contiguous:
-        raise ConversionError(f"{tensor.path}: tensor {tensor.name!r} is not stored row by row. Save it contiguous.")
+        raise ConversionError(
+            f"{tensor.path}: tensor {shown(tensor.name)} is not stored row by row. Save it contiguous."
+        )
 
 
 def _check_same_dtype(tensors: Sequence[StoredTensor]) -> None:
     for tensor in tensors[1:]:
         if tensor.dtype != tensors[0].dtype:
             raise ConversionError(
-                f"{tensor.path}: tensor {tensor.name!r} is of type {tensor.dtype}, but {tensors[0].name!r} in "
-                f"{tensors[0].path} is of type {tensors[0].dtype}. They are parts of one; save them alike."
+                f"{tensor.path}: tensor {shown(tensor.name)} is of type {tensor.dtype}, but "
+                f"{shown(tensors[0].name)} in {tensors[0].path} is of type {tensors[0].dtype}. They are parts "
+                "of one; save them alike."
             )

@@ -119,7 +119,9 @@ def _understand(family: Family, form: Form, request: ConvertRequest, reporter: R
     checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
     experts = [name for name in checkpoint.tensors if "moe" in name or "expert" in name]
     if experts:
-        raise ConversionError(f"{request.source} is a mixture of experts (MoE, tensor {experts[0]!r}): not supported.")
+        raise ConversionError(
+            f"{request.source} is a mixture of experts (MoE, tensor {shown(experts[0])}): not supported."
+        )
     layout = family.layout_found(checkpoint, request.version)
     shape = training_shape(checkpoint, form.table, layout)
     family.check_heads(shape, checkpoint.config_file)
@@ -186,7 +188,7 @@ def _check_replicas(source: _Source) -> None:
     for move in Copier(lambda _: None).differences(tasks):
         other = move.pairs[0][1].tensor
         raise ConversionError(
-            f"{other.path}: tensor {other.name!r} differs from that of {move.full.path}, though every "
+            f"{other.path}: tensor {shown(other.name)} differs from that of {move.full.path}, though every "
             "rank of its group should hold the same. Shards of different runs or steps seem to be mixed."
         )
 
@@ -244,8 +246,8 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
         with reporter.progress("verifying", total) as progress:
             for move in Copier(progress).differences(tasks):
                 raise ConversionError(
-                    f"{move.full.path}: tensor {move.full.name!r} was not written as it was read: the disk or memory "
-                    "failed."
+                    f"{move.full.path}: tensor {shown(move.full.name)} was not written as it was read: the disk or "
+                    "memory failed."
                 )
 
 

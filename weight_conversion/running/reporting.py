@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files.copying import Progress
 from ..printing import Forgiving, say
 
@@ -30,10 +28,13 @@ class Reporter:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Progress]:
         """A bar of `total` bytes; the function it gives may be called by several threads."""
+        if not sys.stderr or not sys.stderr.isatty():
+            yield lambda _: None
+            return
+        from tqdm import tqdm  # only here: it takes as long to import as Python to start
+
         lock = threading.Lock()
-        hidden = None if sys.stderr else True  # None: hidden where the error stream is no terminal
-        stream = Forgiving(sys.stderr) if sys.stderr else None
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=hidden, file=stream) as bar:
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, file=Forgiving(sys.stderr)) as bar:
 
             def advance(count: int) -> None:
                 with lock:

@@ -130,6 +130,10 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
         )
     shape = hf_shape(folder.config, where)
     family.check_heads(shape, where)
+    if request.tp_size > shape.hidden_size:
+        raise ConversionError(
+            f"--tp_size {shown(request.tp_size)} is larger than the hidden size of {where}, {shape.hidden_size}."
+        )
     tensors = dict(folder.tensors)
     for head, embedding in HEAD_OF.items():
         if folder.config.get("tie_word_embeddings") and embedding in tensors:
@@ -226,8 +230,8 @@ def _write_shards(
             for move in Copier(progress).differences(tasks):
                 part = move.full if move.back else move.pairs[0][1].tensor
                 raise ConversionError(
-                    f"{part.path}: tensor {part.name!r}, or that of another rank, was not written as it was read: the "
-                    "disk or memory failed."
+                    f"{part.path}: tensor {shown(part.name)}, or that of another rank, was not written as it was read: "
+                    "the disk or memory failed."
                 )
 
 

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError
+from ..errors import ConversionError, shown
 from .chat_templates import INTERNLM2_CHAT_TEMPLATE, INTERNLM_CHAT_TEMPLATE
 from .sentencepiece_model import Kind, Piece, SentencePieceModel
 from .tokenizer_json import SpecialTokens, first_difference, obstacle, tokenizer_json
@@ -85,6 +85,10 @@ INTERNLM2_TOKENIZER = TokenizerSpec(
 )
 
 
+MOST_NAMED = 50
+"""Tokens that a warning lists."""
+
+
 class Tokenizer:
     """A SentencePiece model whose files can be written into a Hugging Face folder."""
 
@@ -105,7 +109,7 @@ class Tokenizer:
         found = tuple(piece.text for piece in model.pieces[:3])
         if found != (UNK, BOS, EOS):
             raise ConversionError(
-                f"{model.path} has {', '.join(found)} at ids 0, 1, 2; "
+                f"{model.path} has {', '.join(map(shown, found))} at ids 0, 1, 2; "
                 f"InternLM and InternLM2 tokenizers have {UNK}, {BOS}, {EOS} there."
             )
         return cls(model, _tokens_beyond(path / TOKENIZER_CONFIG, len(model.pieces)) if path.is_dir() else ())
@@ -130,7 +134,7 @@ class Tokenizer:
     def _has(self, piece: Piece | None) -> str:
         if piece is None:
             return f"has {self.vocab_size} pieces"
-        return f"has {piece.text!r} ({piece.kind.name.lower().replace('_', '-')}) there"
+        return f"has {shown(piece.text)} ({piece.kind.name.lower().replace('_', '-')}) there"
 
     def check_without_code(self, spec: TokenizerSpec, chat: bool) -> None:
         """Raise ConversionError unless there can be a tokenizer.json, which is all that a folder without code has."""
@@ -158,9 +162,11 @@ class Tokenizer:
 
     def _warnings(self, reason: str | None) -> Iterator[str]:
         if self._left_out:
+            more = f" and {len(self._left_out) - MOST_NAMED} more" if len(self._left_out) > MOST_NAMED else ""
             yield (
                 f"the tokens that {self._model.path.parent} adds to its tokenizer.model were left out: "
-                f"{', '.join(self._left_out)}. Add them to the new tokenizer with add_tokens, in this order."
+                f"{', '.join(map(shown, self._left_out[:MOST_NAMED]))}{more}. "
+                "Add them to the new tokenizer with add_tokens, in this order."
             )
         if reason is not None:
             yield (
@@ -222,7 +228,7 @@ def _tokens_beyond(config: Path, size: int) -> list[str]:
         beyond = {int(index): str(token["content"]) for index, token in added.items() if int(index) >= size}
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise ConversionError(
-            f"{config} is not the JSON of a tokenizer ({type(error).__name__}: {error}); "
+            f"{config} is not the JSON of a tokenizer ({type(error).__name__}: {error!s:.200}); "
             "pass the tokenizer.model beside it instead of the folder."
         ) from error
     return [beyond[index] for index in sorted(beyond)]
