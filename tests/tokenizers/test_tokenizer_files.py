@@ -96,7 +96,7 @@ def test_added_tokens_of_a_folder_are_told(family: Family, spec: TokenizerSpec, 
     (tmp_path / "new").mkdir()
     (warning,) = Tokenizer.read(tmp_path / "added").write(tmp_path / "new", spec, chat=False)
     assert f"that {tmp_path / 'added'} adds" in warning
-    assert "<b>, <a>." in warning
+    assert "'<b>', '<a>'." in warning
     again = family.cls("Tokenizer").from_pretrained(tmp_path / "new")
     again.add_tokens(["<b>", "<a>"])
     assert again.get_vocab() == tokenizer.get_vocab()
@@ -134,7 +134,7 @@ def test_other_special_pieces_are_refused(tmp_path: Path) -> None:
         bos_piece="[CLS]",
         minloglevel=2,
     )
-    with pytest.raises(ConversionError, match=r"has <unk>, \[CLS\], </s> at ids 0, 1, 2"):
+    with pytest.raises(ConversionError, match=r"has '<unk>', '\[CLS\]', '</s>' at ids 0, 1, 2"):
         Tokenizer.read(tmp_path / "other.model")
 
 
