@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-kernels kernels-ci floor newest-torch lint compat compat-ci compat-environments llama-cpp tokenizer-versions peer-tests
+.PHONY: demo test test-kernels kernels-ci floor newest-torch lint compat compat-ci compat-environments newest llama-cpp tokenizer-versions peer-tests
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -72,6 +72,10 @@ compat: $(READY)
 # The oldest and the newest version only.
 compat-ci: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py 4.57.6 5.24.0
+
+# The column of what the package index has as newest today, unpinned, and of release candidates. Before a release.
+newest: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py --newest
 
 # The real tokenizers on every version, loaded in every way: benchmarks/tokenizer_versions.md.
 tokenizer-versions: $(READY)

@@ -19,10 +19,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -30,13 +28,16 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from .chat_internlm2 import ChatMixin
 from .compat_internlm2 import (
+    ALL_ATTENTION_FUNCTIONS,
     CACHE_NAME,
     GATHERED_COLUMNS,
     SHARED_EMBEDDING,
+    GradientCheckpointingLayer,
+    activation,
     backend_keeps_cache,
     cache_slots,
     causal_mask,
@@ -44,6 +45,7 @@ from .compat_internlm2 import (
     is_paged,
     is_prepared,
     prepares_inputs,
+    refuse_unknown,
     update_cache,
     with_our_cache_name,
     with_tensor_parallelism,
@@ -205,7 +207,7 @@ class InternLM2MLP(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
@@ -445,10 +447,13 @@ class InternLM2Model(InternLM2PreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; attention weights wanted from another
-                backend than eager.
+                backend than eager; a filled cache while activation checkpointing trains.
+            TypeError: an argument that nobody reads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if not is_paged(past_key_values):
+            refuse_unknown(kwargs, self.config._attn_implementation)
         output_attentions = self._gives_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -456,6 +461,10 @@ class InternLM2Model(InternLM2PreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = DynamicCache(past_key_values)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError("Activation checkpointing runs layers twice; what is cached cannot be attended to.")
+            past_key_values, use_cache = None, False
         hidden_states = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, H]
         if position_ids is None and indexes is not None:
             position_ids = torch.atleast_2d(indexes)

@@ -4,30 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.cache_utils import Cache
-from transformers.distributed import DistributedConfig
 from transformers.generation.utils import GenerationMixin
-from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 VERSIONS = "This model code was tried on transformers 4.57.6 to 5.24.0; install one of these."
 
+
+def _internal(module: str, name: str) -> Any:
+    """A name of transformers that is its own affair, None where it is gone: the table in docs/versions.md."""
+    try:
+        return getattr(importlib.import_module(f"transformers.{module}"), name, None)
+    except ImportError:
+        return None
+
+
+class _CheckpointedLayer(nn.Module):
+    """A layer that PreTrainedModel can tell to run again in the backward pass instead of keeping its values."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(super().__call__, **kwargs)
+        again = self.gradient_checkpointing and self.training
+        return self._gradient_checkpointing_func(run, *args) if again else run(*args)
+
+
+ACT2FN = _internal("activations", "ACT2FN")
+ALL_PARALLEL_STYLES = _internal("integrations.tensor_parallel", "ALL_PARALLEL_STYLES") or ()
+DistributedConfig = _internal("distributed", "DistributedConfig")
+GradientCheckpointingLayer: Any = _internal("modeling_layers", "GradientCheckpointingLayer") or _CheckpointedLayer
+create_causal_mask = _internal("masking_utils", "create_causal_mask")
+ALL_ATTENTION_FUNCTIONS = _internal("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
+if ALL_ATTENTION_FUNCTIONS is None:
+    raise ImportError(f"transformers {transformers.__version__} has no table of attention functions. {VERSIONS}")
+
+
+def parameters_of(function: Any) -> frozenset[str]:
+    """Names of a function's parameters; none where there is no function. For use at import only.
+
+    torch 2.6 to 2.11 cannot trace a look into a signature.
+    """
+    return frozenset(inspect.signature(function).parameters) if function is not None else frozenset()
+
+
+def activation(name: str) -> Any:
+    """The activation that a config calls `name`."""
+    return ACT2FN[name] if ACT2FN is not None else getattr(nn.functional, name)
+
+
 # Tensor-parallel style "columns, gathered again": renamed during 5.x; 4.57 and 5.0 know the second name only.
 GATHERED_COLUMNS = "colwise_gather_output" if "colwise_gather_output" in ALL_PARALLEL_STYLES else "colwise_rep"
 
-# Looked up here once: torch 2.6 to 2.11 cannot trace a look into a signature.
-_MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
-_UPDATE_TAKES_SLOTS = "cache_kwargs" in inspect.signature(Cache.update).parameters
+_MASK_PARAMETERS = parameters_of(create_causal_mask)
+# 4.57 and the first 5.x say input_embeds; up to 5.23 the cache is past_key_values.
+_MASK_EMBEDS = next((name for name in ("inputs_embeds", "input_embeds") if name in _MASK_PARAMETERS), None)
+_MASK_CACHE = next((name for name in ("cache", "past_key_values") if name in _MASK_PARAMETERS), None)
+_MASK_TAKES_SLOTS = "cache_position" in _MASK_PARAMETERS  # 4.57 and the first 5.x
+_MASK_IS_KNOWN = bool(_MASK_EMBEDS and _MASK_CACHE and {"config", "attention_mask", "position_ids"} <= _MASK_PARAMETERS)
+_UPDATE_TAKES_SLOTS = "cache_kwargs" in parameters_of(Cache.update)
 # 4.57 and the first 5.x take the new slots, later ones their number.
-_MASK_SIZES_TAKE_COUNT = "query_length" in inspect.signature(Cache.get_mask_sizes).parameters
-_DISTRIBUTED_TAKES_PLAN = "tp_plan" in inspect.signature(DistributedConfig).parameters
+_MASK_SIZES_TAKE_COUNT = "query_length" in parameters_of(getattr(Cache, "get_mask_sizes", None))
+_DISTRIBUTED_TAKES_PLAN = "tp_plan" in parameters_of(DistributedConfig)
 
 # Embedding tables shared by rows of the vocabulary: from 5.17 on. Before, each process holds the whole table.
 SHARED_EMBEDDING = "embedding_rowwise" if _DISTRIBUTED_TAKES_PLAN else None
@@ -96,6 +143,39 @@ def _is_cache(name: str, value: Any) -> bool:
     return isinstance(value, Cache) or name in ("past_key_values", CACHE_NAME)
 
 
+# Further arguments of a forward pass that are known, and who reads them.
+KNOWN_ARGUMENTS = frozenset(
+    {
+        # FlashAttention, of packed sequences; `seq_idx` says the same to layers that are not attention
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        "kernel_options",  # flex_attention
+        *("num_items_in_batch", "shift_labels", "ignore_index"),  # the loss
+        # generate() lets them through to here, having read them
+        *("tokenizer", "assistant_tokenizer", "assistant_model"),
+        # Nobody: what they say is known without them, or is about parts that these models lack.
+        *("cache_position", "is_first_iteration", "token_type_ids", "output_router_logits"),
+    }
+)
+KNOWN_BACKENDS = ("eager", "sdpa", "flex_attention")
+
+
+def refuse_unknown(arguments: dict[str, Any], backend: str) -> None:
+    """Raise TypeError for an argument that nobody reads: what it asks for would not be done.
+
+    An attention backend that transformers does not bring (a serving engine's) may read any, and so may continuous
+    batching, whose arguments come with its cache.
+    """
+    foreign = backend not in KNOWN_BACKENDS and "flash" not in backend and not backend.startswith("paged|")
+    if foreign or backend_keeps_cache(arguments):
+        return
+    unknown = [name for name, value in arguments.items() if value is not None and name not in KNOWN_ARGUMENTS]
+    if unknown:
+        raise TypeError(
+            f"The model does not know {', '.join(unknown)}. Left out without a word, it could change the result; "
+            "remove it, or set it to None."
+        )
+
+
 def is_paged(cache: Any) -> bool:
     """Whether the cache is that of continuous batching, which holds many sequences and counts none of them."""
     return cache is not None and not isinstance(cache, Cache)
@@ -139,17 +219,45 @@ def causal_mask(
     """
     if is_prepared(attention_mask) or is_paged(past_key_values):
         return attention_mask
-    arguments = {
+    if not _MASK_IS_KNOWN:
+        return _own_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+    arguments: dict[Any, Any] = {
         "config": config,
         "attention_mask": attention_mask,
-        "cache" if "cache" in _MASK_PARAMETERS else "past_key_values": past_key_values,
         "position_ids": position_ids,
-        # 4.57 and the first 5.x say input_embeds, later ones inputs_embeds.
-        "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds": inputs_embeds,
+        _MASK_CACHE: past_key_values,
+        _MASK_EMBEDS: inputs_embeds,
     }
-    if "cache_position" in _MASK_PARAMETERS:  # 4.57 and the first 5.x
+    if _MASK_TAKES_SLOTS:
         arguments["cache_position"] = _new_slots(past_key_values, inputs_embeds)
     return create_causal_mask(**arguments)
+
+
+def _own_mask(
+    config: Any,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask [B, 1, T, S], True = attend, for "eager" and "sdpa", where create_causal_mask is gone or was changed."""
+    if config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"transformers {transformers.__version__} makes masks in a way that is not known here, and "
+            f'attn_implementation={config._attn_implementation!r} needs its own. Use "eager" or "sdpa". {VERSIONS}'
+        )
+    device = inputs_embeds.device
+    rows = _new_slots(past_key_values, inputs_embeds)  # [T]
+    fixed: Any = past_key_values if getattr(past_key_values, "is_compileable", False) else None
+    size = int(rows[-1]) + 1 if fixed is None else fixed.layers[0].max_cache_len
+    mask = (torch.arange(size, device=device) <= rows[:, None])[None, None]  # [1, 1, T, S]
+    if attention_mask is not None:
+        padding = attention_mask.to(device).bool()
+        mask = mask & nn.functional.pad(padding, (0, size - padding.shape[1]))[:, None, None]
+    elif position_ids is not None:
+        number = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(-1)  # of a token's sequence
+        mask = mask & (number[:, None, :, None] == number[:, None, None])
+    return mask
 
 
 def is_prepared(attention_mask: Any) -> bool:
@@ -175,6 +283,9 @@ def _new_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> to
 
 def attended_length(past_key_values: Cache, length: int) -> int:
     """Number S of slots that attention reads after `length` new tokens entered the cache."""
+    if not hasattr(past_key_values, "get_mask_sizes"):
+        fixed: Any = past_key_values if getattr(past_key_values, "is_compileable", False) else None
+        return past_key_values.get_seq_length() + length if fixed is None else fixed.layers[0].max_cache_len
     new: Any = length if _MASK_SIZES_TAKE_COUNT else torch.arange(length)
     return past_key_values.get_mask_sizes(new, 0)[0]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from tests.models.test_model_parallel import assert_computed_as_by, torchrun
@@ -223,6 +223,19 @@ def test_compiled_decoding_with_a_static_cache(family: Family) -> None:
             actual = step(token, past_key_values=static, use_cache=True).logits
         expected = model(token, past_key_values=dynamic, use_cache=True).logits
         assert error(actual, expected) < 0.02
+
+
+@over_families
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_generate_compiles_as_one_graph(family: Family, backend: str, masked: bool) -> None:
+    model, ids = small(family, 64, attn_implementation=backend), tokens(1, 20).cuda()
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **mask}
+    torch.compiler.reset()
+    whole = CompileConfig(fullgraph=True)
+    compiled = model.generate(ids, cache_implementation="static", compile_config=whole, **settings)
+    assert torch.equal(compiled, model.generate(ids, use_cache=False, **settings))
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

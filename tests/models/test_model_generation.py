@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import (
+    AttentionInterface,
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+)
 
-from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.model_families import FAMILIES, Family, checkpoint_activations, tokens
 from tests.support.rounding import assert_near, decided
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -171,3 +177,70 @@ def test_the_cache_is_known_by_what_it_is(family: Family, name: str) -> None:
 def test_two_caches_are_refused_by_name(family: Family) -> None:
     with pytest.raises(ValueError, match="cache and past_key_values are different ones"):
         family.model()(tokens(1, 4), cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+@over_families
+@over_backends
+@pytest.mark.parametrize("masked", [True, False])
+def test_generate_compiles_as_one_graph(family: Family, backend: str, masked: bool) -> None:
+    model, ids = family.model("dynamic", attn_implementation=backend), tokens(1, 10)
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    whole = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    whole._compile_all_devices = True
+    torch.compiler.reset()
+    compiled = greedy(model, ids, new=6, cache_implementation="static", compile_config=whole, **mask)
+    assert torch.equal(compiled, greedy(model, ids, new=6, use_cache=False, **mask))
+
+
+@over_families
+@over_ropes
+@over_backends
+@pytest.mark.filterwarnings("ignore")  # the loop's own
+def test_continuous_batching_gives_the_tokens_of_generate(family: Family, rope: str, backend: str) -> None:
+    model, rows = family.model(rope, attn_implementation=backend), [tokens(1, size, seed=size) for size in (6, 11, 3)]
+    found = model.generate_batch(
+        [row[0].tolist() for row in rows],
+        generation_config=GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, page_size=16),
+    )
+    batched = [found[name].generated_tokens for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+    assert batched == [greedy(model, row, new=8)[0].tolist() for row in rows]
+
+
+UNKNOWN = {"a tensor": torch.ones(1, 4), "a flag": True, "a flag off": False, "a number": 2.0, "a name": "linear"}
+
+
+@over_families
+@over_backends
+@pytest.mark.parametrize("value", UNKNOWN.values(), ids=list(UNKNOWN))
+def test_an_unknown_argument_is_refused_by_name(family: Family, backend: str, value: Any) -> None:
+    model = family.model(attn_implementation=backend)
+    with pytest.raises(TypeError, match="does not know token_weights"):
+        model(tokens(1, 4), token_weights=value)
+    model(tokens(1, 4), token_weights=None)
+
+
+@over_families
+def test_a_backend_of_others_gets_arguments_of_its_own(family: Family) -> None:
+    model, seen = family.model(), []
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+        seen.append(kwargs["attention_instances"])
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("engine", attend)
+    model.config._attn_implementation = "engine"
+    model(tokens(1, 4), attention_instances={0: "layer"}, use_cache=False)
+    assert seen == [{0: "layer"}] * model.config.num_hidden_layers
+
+
+@over_families
+def test_checkpointing_refuses_a_filled_cache_and_makes_none(family: Family) -> None:
+    model, ids = family.model(), tokens(1, 8)
+    cache = model(ids, use_cache=True, return_dict=False)[1]
+    model.train()
+    checkpoint_activations(model)
+    outputs = model(ids, use_cache=True, labels=ids, return_dict=False)
+    assert [tuple(output.shape) for output in outputs] == [(), (1, 8, model.config.vocab_size)]
+    with pytest.raises(ValueError, match="runs layers twice"):
+        model(ids, past_key_values=cache)

@@ -2,6 +2,7 @@
 
     make compat       # all versions; writes benchmarks/compatibility.md and the table in both READMEs
     make compat-ci    # the oldest and the newest; writes nothing
+    make newest       # what the package index has today, unpinned, release candidates too; writes nothing
 
 Each version runs in its own environment, in processes of its own: first the checks of checks.py on folders like
 published ones, then what the conversion scripts write is saved by every version and loaded by every version.
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import folders
 import torch
-from environments import PINS, environment_variables
+from environments import NEWEST, PINS, environment_variables, make_newest, newest_versions
 from layout import MODELS, TOKENIZER, TOKENIZERS
 
 HERE = Path(__file__).resolve().parent
@@ -116,7 +117,9 @@ class Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("versions", nargs="*", default=list(PINS), help=f"of {', '.join(PINS)} (default: all)")
-    versions: list[str] = parser.parse_args().versions
+    parser.add_argument("--newest", action="store_true", help="what the package index has today instead")
+    arguments = parser.parse_args()
+    versions: list[str] = list(newest()) if arguments.newest else arguments.versions
     with tempfile.TemporaryDirectory() as scratch:
         tables = run(versions, Path(scratch))
     report = render(tables)
@@ -129,6 +132,19 @@ def main() -> int:
     failures = [failure for table in tables for failure in table.failures()]
     print(*(f"FAILED {failure}" for failure in failures), sep="\n", file=sys.stderr)
     return 1 if failures else 0
+
+
+def newest() -> Iterator[str]:
+    """Make the environments without pins, say what is in them, and yield their names."""
+    tried: list[dict[str, str]] = []
+    for name in NEWEST:
+        found = newest_versions(make_newest(name))
+        if found in tried:
+            print(f"{name}: nothing newer than {' '.join(found.values())}")
+            continue
+        tried.append(found)
+        print(f"{name}: {', '.join(f'{package} {version}' for package, version in sorted(found.items()))}", flush=True)
+        yield name
 
 
 def run(versions: Sequence[str], scratch: Path) -> list[Table]:
@@ -170,7 +186,7 @@ def _check(version: str, environment: dict[str, str], *arguments: str | Path) ->
     if status:
         raise RuntimeError(f"checks.py {arguments[0]} broke off on transformers {version}; see {log}.")
     found = json.loads(results.read_text(encoding="utf-8"))
-    if found.pop("transformers") != version:
+    if found.pop("transformers") != version and version not in NEWEST:
         raise RuntimeError(f"The environment of transformers {version} has another version; remove .compat/{version}.")
     return found
 

@@ -9,11 +9,16 @@ makes `.compat/<version>/`, which holds transformers and the few packages whose 
     PYTHONPATH=.compat/<version> python program.py
 
 while torch, numpy, safetensors and the rest still come from the interpreter's own site-packages.
+
+`newest` instead of a version is whatever the package index has as newest today, and `candidate` a release candidate
+that is newer still; both are made anew each time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -55,9 +60,40 @@ def requirements(version: str) -> list[str]:
     return [f"transformers=={version}", *PINS[version]]
 
 
+NEWEST = {"newest": (), "candidate": ("--pre",)}
+"""Environments without pins, and what makes pip look for them."""
+
+PACKAGES = ("transformers", "tokenizers", "huggingface_hub")
+CLIENTS = ("httpx", "httpcore", "certifi", "httpx2", "httpcore2", "truststore")  # of huggingface_hub 1 and 2
+
+
+def newest_versions(folder: Path) -> dict[str, str]:
+    """Versions of PACKAGES in an environment."""
+    found = importlib.metadata.distributions(path=[str(folder)])
+    return {name: each.version for each in found if (name := each.name.replace("-", "_")) in PACKAGES}
+
+
+def make_newest(name: str) -> Path:
+    """Make `.compat/newest` or `.compat/candidate`: transformers as new as the index has it, and what it asks for."""
+    folder = ROOT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    chosen = _resolved(NEWEST[name])
+    _install([f"{package}=={version}" for package, version in chosen.items()], folder)
+    return folder
+
+
+def _resolved(options: Sequence[str]) -> dict[str, str]:
+    """The versions that pip would install today of PACKAGES and CLIENTS, with transformers itself as new as can be."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
+    command += ["--ignore-installed", "--report", "-", *options, "transformers"]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = {each["metadata"]["name"].replace("-", "_"): each["metadata"]["version"] for each in report["install"]}
+    return {name: found[name] for name in (*PACKAGES, *CLIENTS) if name in found}
+
+
 def environment_variables(version: str) -> dict[str, str]:
     """Return this process's environment with `.compat/<version>` first on the import path, and offline."""
-    folder = make_environment(version)
+    folder = ROOT / version if version in NEWEST else make_environment(version)
     return {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
