@@ -26,6 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import transformers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from internlm2_model import InternLM2Tokenizer
 from weight_conversion.folders.hf_folder import code_files, copy_code
 from weight_conversion.mapping.families import FAMILIES
 from weight_conversion.tokenizer.tokenizer_files import Tokenizer
@@ -91,7 +92,8 @@ def contenders(model: Path, folder: Path) -> dict[str, Any]:
     Tokenizer.read(model).write(folder, family.tokenizer, chat=False)
     llama = llama_tokenizer(model, folder / "tokenizer.json")
     return {
-        "InternLM2Tokenizer (slow)": AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+        "InternLM2TokenizerFast (AutoTokenizer)": AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+        "InternLM2Tokenizer (slow)": InternLM2Tokenizer.from_pretrained(folder),
         "PreTrainedTokenizerFast, tokenizer.json": PreTrainedTokenizerFast.from_pretrained(folder),
         f"LlamaTokenizer ({'fast' if llama.is_fast else 'slow'})": llama,
     }

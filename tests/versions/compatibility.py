@@ -52,7 +52,7 @@ EXPLANATIONS = {
 GENERIC_TOKENIZER = (
     "transformers 5.3 to 5.11 put a generic tokenizer of their own in the place of InternLM2's, also with "
     "trust_remote_code=True. It gives the same ids, from tokenizer.json, but saves that file alone, while its "
-    "tokenizer_config.json still names the files it left out. Copy tokenizer.model and tokenization_internlm2.py "
+    "tokenizer_config.json still names the files it left out. Copy tokenizer.model and tokenization_internlm2*.py "
     "from the original folder, or load what was saved with PreTrainedTokenizerFast."
 )
 GENERIC_TOKENIZER_VERSIONS = ("5.4.0", "5.8.0")

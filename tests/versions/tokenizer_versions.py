@@ -29,7 +29,7 @@ from weight_conversion.tokenizer.tokenizer_json import SlowTokenizer, SpecialTok
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parents[1] / "benchmarks" / "tokenizer_versions.md"
-VERSIONS = ("4.57.6", "5.0.0", "5.8.0", "5.12.1", "5.17.0", "5.24.0")
+VERSIONS = ("4.57.6", "5.0.0", "5.4.0", "5.8.0", "5.12.1", "5.17.0", "5.24.0")
 CASES, PROMPT = "cases.json", "prompt.json"
 
 INTRODUCTION = """# Tokenizers on transformers {versions}
@@ -37,16 +37,20 @@ INTRODUCTION = """# Tokenizers on transformers {versions}
 Made by `make tokenizer-versions` from the real tokenizer models. Four folders as the converters write them: InternLM
 and InternLM2, each without and with `--chat`. **ids**: those recorded from the published tokenizers, {cases} texts in
 all. **text**: decoding them gives the text back, byte for byte. **saved**: ids and text are right after save_pretrained
-and loading again. **moved**: they are right after the folder was moved. **template**: apply_chat_template gives the
-ids of the prompt that `chat` builds. "yes" holds for every folder that was loaded.
+and loading again. **moved**: they are right after the folder was moved. **offsets**: return_offsets_mapping and
+char_to_token cover every character of every text. **template**: apply_chat_template gives the ids of the prompt that
+`chat` builds. **mask**: return_assistant_tokens_mask marks the answers and the ends of their turns, nothing else. "yes"
+holds for every folder that was loaded. "published" are copies of the folders without tokenizer.json, as those on the
+Hub are, with this repository's modules beside them.
 
 """
 REMARKS = """
 "asks for trust_remote_code" is an error that says so; nothing wrong is loaded. TokenizersBackend is transformers 5's
 own class over tokenizer.json, and its PreTrainedTokenizerFast is the same class. Versions 5.3 to 5.11 put it in the
-place of InternLM2Tokenizer, also with trust_remote_code=True. A folder that the fast class saved holds no
-tokenizer.model and no code, but still names the slow class: load it with PreTrainedTokenizerFast, not with
-AutoTokenizer and trust_remote_code=True, which reports the missing file.
+place of InternLM2TokenizerFast, also with trust_remote_code=True. Texts that are not covered spell the name of a piece
+that a chat token took the place of, as `[UNUSED_TOKEN_146]`: classes other than this repository's give the right id and
+the last character of the name as its span. Without tokenizer.json, offsets and masks are refused by an error: the slow
+tokenizer has none.
 """
 
 
@@ -87,7 +91,7 @@ def _prompt(family: Any) -> dict[str, Any]:
     slow = SlowTokenizer(SentencePieceModel.read(_model_file(family)), SpecialTokens(names, "<s>"))
     turns = [("system", "Be brief."), ("user", "Hello  there"), ("assistant", "你好 😀\n"), ("user", "再见!")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    return {"messages": messages, "ids": slow.encode(text)}
+    return {"messages": messages, "ids": slow.encode(text), "answers": slow.encode("你好 😀\n" + spec.end_of_turn)}
 
 
 def _model_file(family: Any) -> Path:
@@ -133,7 +137,7 @@ def main() -> int:
 
 
 def _lines(found: dict[str, list[dict[str, str]]]) -> Iterable[str]:
-    columns = ("class", "ids", "text", "saved", "moved", "template")
+    columns = ("class", "ids", "text", "saved", "moved", "offsets", "template", "mask")
     yield "| transformers | loaded with | " + " | ".join(columns) + " |"
     yield "| --- | --- " + "| --- " * len(columns) + "|"
     for version, results in found.items():

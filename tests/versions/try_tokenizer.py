@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 Load = Callable[[Path], Any]
 
-CHECKS = ("ids", "text", "saved", "moved", "template")
+CHECKS = ("ids", "text", "saved", "moved", "offsets", "template", "mask")
 WAYS: dict[str, Load] = {
     "AutoTokenizer, trust_remote_code": lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
     "AutoTokenizer": lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
@@ -45,7 +45,9 @@ def outcomes(folder: Path, load: Load) -> dict[str, str]:
             "text": wrong_texts(tokenizer, cases),
             "saved": all_right(load, saved, cases),
             "moved": all_right(load, moved, cases),
+            "offsets": wrong_offsets(tokenizer, cases),
             "template": wrong_template(tokenizer, folder / "prompt.json"),
+            "mask": wrong_mask(tokenizer, folder / "prompt.json"),
         }
 
 
@@ -69,6 +71,37 @@ def wrong_template(tokenizer: Any, prompt: Path) -> str:
     return "yes" if same else "NO"
 
 
+def wrong_offsets(tokenizer: Any, cases: list[tuple[str, list[int], str]]) -> str:
+    try:
+        wrong = sum(not covered(tokenizer, text) for text, _, _ in cases)
+    except NotImplementedError:
+        return "refused"
+    return f"{wrong} of {len(cases)} not covered" if wrong else "yes"
+
+
+def covered(tokenizer: Any, text: str) -> bool:
+    """Whether the offsets span every character, and every character leads to a token that spans it."""
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    spans = encoding["offset_mapping"]
+    found = [encoding.char_to_token(at) for at in range(len(text))]
+    return all(token is not None and spans[token][0] <= at < spans[token][1] for at, token in enumerate(found))
+
+
+def wrong_mask(tokenizer: Any, prompt: Path) -> str:
+    if not prompt.exists():
+        return "-"
+    conversation = json.loads(prompt.read_text())
+    settings = {"return_dict": True, "return_assistant_tokens_mask": True, "add_generation_prompt": True}
+    try:
+        out = tokenizer.apply_chat_template(conversation["messages"], **settings)
+    except ValueError as error:
+        if "char_to_token" not in str(error):
+            raise
+        return "refused"
+    kept = [index for index, marked in zip(out["input_ids"], out["assistant_masks"], strict=True) if marked]
+    return "yes" if kept == conversation["answers"] else "NO"
+
+
 def all_right(load: Load, folder: Path, cases: list[tuple[str, list[int], str]]) -> str:
     try:
         tokenizer = load(folder)
@@ -78,13 +111,21 @@ def all_right(load: Load, folder: Path, cases: list[tuple[str, list[int], str]])
     return "yes" if found == {"yes"} else max(found - {"yes"})
 
 
+def as_published(folder: Path, root: Path) -> Path:
+    """A copy without tokenizer.json."""
+    copied = Path(shutil.copytree(folder, root / folder.name))
+    (copied / "tokenizer.json").unlink()
+    return copied
+
+
+def main(folders: list[Path]) -> None:
+    found = [{"folder": folder.name, "way": way, **outcomes(folder, WAYS[way])} for way in WAYS for folder in folders]
+    with tempfile.TemporaryDirectory() as root:
+        for folder in folders:
+            result = outcomes(as_published(folder, Path(root)), WAYS["AutoTokenizer, trust_remote_code"])
+            found.append({"folder": folder.name, "way": "AutoTokenizer, trust_remote_code, published", **result})
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            [
-                {"folder": folder.name, "way": way, **outcomes(folder, load)}
-                for way, load in WAYS.items()
-                for folder in map(Path, sys.argv[1:])
-            ]
-        )
-    )
+    main([Path(folder) for folder in sys.argv[1:]])
