@@ -4,6 +4,7 @@
 
 Makes an InternEvo checkpoint of a real shape with random weights, then alternates, `--runs` times each:
 
+    help       --help
     start-up   the script's interpreter and imports alone       cp        cp -r of the source folder
     convert    convert2hf, same type                            revert    back, same tensor-parallel size
     cast       convert2hf to another 16-bit type                plain     torch.load all, merge, save_pretrained-like
@@ -12,7 +13,7 @@ Every command is followed by `sync`, and its time counts, so that nobody's bytes
 free memory is filled with cached pages, as on a machine that has run for a while, and the command's source is read.
 Without that, memory that a virtual machine has given back to its host must be got again page by page, which can
 triple the time of any command, `cp` included, and hits whichever runs a few seconds after a deletion. The floor is one
-read and one write of the bytes; beyond start-up, a run's ratio to `cp` says how close it comes. Medians are printed
+read and one write of the bytes; a run's ratio to `cp`, start-up included, says how close it comes. Medians are printed
 with the range, and the peak of anonymous and of all resident memory, sampled from /proc while the command runs.
 """
 
@@ -59,15 +60,19 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: 
     """Random weights of `preset`, one layer's worth of them in memory at a time, in the shards of a tp x pp grid."""
     import torch
 
+    from weight_conversion.folders.grid import TENSOR_PARALLEL_FILES, grid_of
     from weight_conversion.folders.internevo_folder import MODEL_CONFIG
     from weight_conversion.mapping.families import FAMILIES
-    from weight_conversion.mapping.matching import part_shapes
+    from weight_conversion.mapping.family import HALVES, HIDDEN_SPLIT, common_choices
+    from weight_conversion.mapping.matching import copies_of, part_shapes
     from weight_conversion.mapping.rules import ModelShape
 
     family = FAMILIES[preset.family]
     shape = ModelShape(preset.hidden, preset.intermediate, preset.vocab, preset.layers, preset.heads, preset.kv_heads)
     dtype = getattr(torch, dtype_name)
-    layout = family.layout_written(preset.family == "internlm", True, 2)
+    grid = grid_of(TENSOR_PARALLEL_FILES, tp, 1, pp)
+    bias = preset.family == "internlm"
+    layout = family.layout_written(common_choices(grid.names, HIDDEN_SPLIT, HALVES, joined=False, bias=bias), 2)
     stem = "blocks" if preset.family == "internlm" else "layers"
     per_stage = preset.layers // pp
     folder.mkdir(parents=True)
@@ -86,10 +91,11 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: 
             local = (
                 name if layer is None else name.replace(f"{stem}.{layer}.", f"{stem}.{layer - stage * per_stage}.", 1)
             )
-            (size,) = part_shapes(entry, tp, shape)
-            shared = torch.randn(size, dtype=torch.float32).to(dtype)
-            for rank in entry.rule.holders(tp):
-                states[rank][local] = shared if entry.rule.replicated else torch.randn(size).to(dtype)
+            (size,) = part_shapes(entry, grid, shape)
+            for parts in zip(*copies_of(entry.rule, grid), strict=True):  # the ranks that hold the same part
+                tensor = torch.randn(size).to(dtype)
+                for rank in parts:
+                    states[rank][local] = tensor
         for rank, state in enumerate(states):
             torch.save(state, folder / f"model_tp{rank}_pp{stage}.pt")
     config = {
@@ -199,7 +205,10 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model; default: a small one trained for the run")
     parser.add_argument(
-        "--only", nargs="*", choices=["convert", "cast", "revert"], help="measure these alone, beside start-up and cp"
+        "--only",
+        nargs="*",
+        choices=["convert", "cast", "revert", "verify"],
+        help="measure these alone, beside start-up and cp",
     )
     arguments = parser.parse_args()
 
@@ -235,18 +244,26 @@ def main() -> None:
     )
     # A command, what it reads, and what it writes.
     commands: dict[str, tuple[list[str], Path, Path]] = {
+        "help": ([python, f"convert2hf_{family}.py", "--help"], source, work / "nothing"),
         "start-up": ([python, "-c", imports.format("convert")], source, work / "nothing"),
         "cp": (["cp", "-r", str(source), str(copy)], source, copy),
         "cast": (convert(other), source, hf),
         "convert": (convert(arguments.dtype), source, hf),
         "revert": ([*revert, "--embed_split"], hf, back),
+        "convert --verify": ([*convert(arguments.dtype), "--verify"], source, hf),
+        "revert --verify": ([*revert, "--embed_split", "--verify"], hf, back),
     }
     if arguments.plain:
         sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
         commands["plain"] = ([python, "-c", PLAIN, str(source), str(plain), *sizes], source, plain)
     if arguments.only:
-        chosen = {"start-up", "cp", *arguments.only, *(["convert"] if "revert" in arguments.only else [])}
-        commands = {name: value for name, value in commands.items() if name in chosen}
+        chosen = {*STARTS, "cp", *arguments.only, *(["convert"] if "revert" in arguments.only else [])}
+        verified = "verify" in arguments.only
+        commands = {
+            name: value
+            for name, value in commands.items()
+            if name in chosen or (verified and name.endswith("--verify"))
+        }
 
     series = {name: Series() for name in commands}
     try:
@@ -256,7 +273,7 @@ def main() -> None:
                 os.sync()
                 settle(work, read)
                 measure(command, series[name])
-                if name not in ("convert", "start-up"):  # what was converted is reverted next
+                if name not in ("convert", "convert --verify", *STARTS):  # what was converted is reverted next
                     shutil.rmtree(output)
     finally:
         for left in (hf, back, copy, plain):
@@ -271,19 +288,22 @@ def _small_tokenizer(work: Path) -> Path:
     return train_tokenizer(work / "tokenizer.model")
 
 
+STARTS = ("help", "start-up")
+"""Commands that move no bytes."""
+
+
 def _print(arguments: argparse.Namespace, nbytes: int, series: dict[str, Series]) -> None:
     print(
         f"{arguments.preset}, tp {arguments.tp}, pp {arguments.pp}, {arguments.dtype}, {nbytes / 1e9:.2f} GB, ", end=""
     )
     print(f"max_shard {arguments.max_shard}, {os.cpu_count()} cores, {arguments.runs} runs each, median (range)\n")
-    startup, copying = (statistics.median(series[name].wall) for name in ("start-up", "cp"))
-    print("| run | wall s | user s | system s | GB/s | (wall - start-up) / cp | peak anonymous MB | peak resident MB |")
+    copying = statistics.median(series["cp"].wall)
+    print("| run | wall s | user s | system s | GB/s | wall / cp | peak anonymous MB | peak resident MB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, one in series.items():
         wall, user, system = map(statistics.median, (one.wall, one.user, one.system))
-        own = 0.0 if name in ("cp",) else startup
-        ratio = "" if name == "start-up" else f"{(wall - own) / copying:.2f}"
-        rate = "" if name == "start-up" else f"{nbytes / 1e9 / wall:.2f}"
+        ratio = "" if name in STARTS else f"{wall / copying:.2f}"
+        rate = "" if name in STARTS else f"{nbytes / 1e9 / wall:.2f}"
         times = f"{wall:.2f} ({min(one.wall):.2f} - {max(one.wall):.2f}) | {user:.2f} | {system:.2f}"
         print(f"| {name} | {times} | {rate} | {ratio} | {one.anonymous / 1024:.0f} | {one.resident / 1024:.0f} |")
 
