@@ -181,6 +181,8 @@ def test_settings_that_no_model_has(key: str, text: str, words: list[str], place
 
 def test_more_ranks_than_a_model_has_columns(place: Place) -> None:
     script, words = place.revert_command()
+    refused(run_script(script, [*words, "--wp_size", "1000000000"]), place, "--wp_size 1000000000", "hidden size")
+    refused(run_script(script, [*words, "--pp_size", "1000000000"]), place, "1000000000")
     words[words.index("--tp_size") + 1] = "1000000000"
     refused(run_script(script, words), place, "--tp_size 1000000000", "hidden size")
 

@@ -130,10 +130,11 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
         )
     shape = hf_shape(folder.config, where)
     family.check_heads(shape, where)
-    if request.tp_size > shape.hidden_size:
-        raise ConversionError(
-            f"--tp_size {shown(request.tp_size)} is larger than the hidden size of {where}, {shape.hidden_size}."
-        )
+    for flag, size in (("--tp_size", request.tp_size), ("--wp_size", request.wp_size or 1)):
+        if size > shape.hidden_size:  # before as many ranks are counted
+            raise ConversionError(
+                f"{flag} {shown(size)} is larger than the hidden size of {where}, {shape.hidden_size}."
+            )
     tensors = dict(folder.tensors)
     for head, embedding in HEAD_OF.items():
         if folder.config.get("tie_word_embeddings") and embedding in tensors:
