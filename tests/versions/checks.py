@@ -414,6 +414,6 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # Old versions warn about themselves; the newest must have nothing to say about our calls.
-    if transformers.__version__ >= "5.24":
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
         warnings.filterwarnings("error", category=FutureWarning, message=".*(cache|past_key_values)")
     main(sys.argv[1:])
