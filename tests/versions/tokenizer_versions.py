@@ -50,7 +50,7 @@ own class over tokenizer.json, and its PreTrainedTokenizerFast is the same class
 place of InternLM2TokenizerFast, also with trust_remote_code=True. Texts that are not covered spell the name of a piece
 that a chat token took the place of, as `[UNUSED_TOKEN_146]`: classes other than this repository's give the right id and
 the last character of the name as its span. Without tokenizer.json, offsets and masks are refused by an error: the slow
-tokenizer has none.
+tokenizer has none; and there versions 5.3 to 5.11 ask for tiktoken, to read InternLM2's tokenizer.model by themselves.
 """
 
 

@@ -30,9 +30,10 @@ def outcomes(folder: Path, load: Load) -> dict[str, str]:
     try:
         tokenizer = load(folder)
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        asked = next((name for name in ("trust_remote_code", "tiktoken") if name in str(error)), None)
+        if asked is None:
             raise
-        return {"class": "asks for trust_remote_code"} | dict.fromkeys(CHECKS, "-")
+        return {"class": f"asks for {asked}"} | dict.fromkeys(CHECKS, "-")
     cases = json.loads((folder / "cases.json").read_text())
     with tempfile.TemporaryDirectory() as root:
         saved, moved = Path(root) / "saved", Path(root) / "moved.folder"
