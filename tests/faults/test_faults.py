@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ from tests.support.checkpoints import Shape, build, save_model_config
 from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.files.copying import Copier, Move
 from weight_conversion.files.views import StoredTensor
-from weight_conversion.mapping.family import Family
+from weight_conversion.mapping import families
 from weight_conversion.running import convert as convert_module
 from weight_conversion.running import revert as revert_module
 
@@ -775,7 +776,9 @@ def test_an_installation_without_the_models_code_is_refused(
     package = shutil.copytree(REPOSITORY / "internlm2_model", tmp_path / "package")
     for path in package.glob(missing):
         path.unlink()
-    monkeypatch.setattr(Family, "code", property(lambda family: package))
+    family = families.FAMILIES["internlm2"]
+    own = replace(family.forms["internlm2"], code=package)
+    monkeypatch.setitem(vars(family), "forms", {**family.forms, "internlm2": own})
     refused(place, place.convert_command(), str(package), "lacks", "compat_internlm2.py")
 
 
@@ -1054,7 +1057,8 @@ def test_an_error_of_any_file_operation(direction: str, error: int, place: Place
 def test_a_limit_on_file_sizes(direction: str, place: Place) -> None:
     result = expected_result(place, COMMANDS[direction])
     sizes = sorted({len(content) for content in result.files.values()})
-    for limit in [400, *(size - 1 for size in sizes if size > 400)]:  # the sentence itself goes to a file here
+    messages = 1000  # what the warnings and the sentence take: they go to a file here
+    for limit in [messages, *(size - 1 for size in sizes if size > messages)]:
         outcome = run_child(*COMMANDS[direction](place), Conditions(place.root, file_size=limit))
         assert_refused(outcome, str(place.root), "File too large", "ulimit -f")
         assert not place.target.exists()

@@ -133,7 +133,8 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
     for flag, size in (("--tp_size", request.tp_size), ("--wp_size", request.wp_size or 1)):
         if size > shape.hidden_size:  # before as many ranks are counted
             raise ConversionError(
-                f"{flag} {shown(size)} is larger than the hidden size of {where}, {shape.hidden_size}."
+                f"{flag} {shown(size)} is larger than the hidden size of {where}, {shape.hidden_size}: so many ranks "
+                f"can share neither its rows nor its {shape.num_kv_heads} key/value heads."
             )
     tensors = dict(folder.tensors)
     for head, embedding in HEAD_OF.items():
