@@ -353,10 +353,10 @@ class TokenLayout(NamedTuple):
     past_key_values: Cache | None
     packed: torch.Tensor | None
 
-    @property
-    def padding_mask(self) -> torch.Tensor | None:
-        """The attention_mask where it is [B, past + T]."""
-        return None if is_prepared(self.attention_mask) else self.attention_mask
+
+def padding_mask(layout: TokenLayout) -> torch.Tensor | None:
+    """The attention_mask where it is [B, past + T]. No property: torch up to 2.9 does not trace a named tuple's."""
+    return None if is_prepared(layout.attention_mask) else layout.attention_mask
 
 
 def token_layout(
@@ -387,7 +387,7 @@ def token_layout(
 
 def sequence_lengths(layout: TokenLayout) -> torch.Tensor:
     """Largest position + 1 of the sequence that a token belongs to: [B, 1], or [B, T] for packed rows."""
-    position_ids, packed, padding = layout.position_ids, layout.packed, layout.padding_mask
+    position_ids, packed, padding = layout.position_ids, layout.packed, padding_mask(layout)
     if packed is not None:
         starts = F.pad(packed.diff(dim=-1) != 1, (1, 0))
         number = starts.cumsum(-1).expand_as(position_ids)  # of the token's sequence within its row
@@ -403,7 +403,7 @@ def key_position_ids(layout: TokenLayout, past_key_values: Cache) -> torch.Tenso
 
     Cached tokens are counted like new ones, and the count is moved so that the last new token has its position.
     """
-    position_ids, padding = layout.position_ids, layout.padding_mask
+    position_ids, padding = layout.position_ids, padding_mask(layout)
     length = position_ids.shape[-1]
     slots = attended_length(past_key_values, length)
     if padding is not None:
