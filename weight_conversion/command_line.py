@@ -111,7 +111,7 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
     parser = Parser(
         f"Convert an {family} checkpoint of the InternEvo training framework (model_tp*_pp*.pt, model_config.pt) "
         "into a Hugging Face folder.",
-        f"python {script} --src ckpt/1000 --tgt hf_{family.lower()} --tokenizer tokenizer.model",
+        f"python {script} --src ckpt/1000 --tgt hf_{own} --tokenizer tokenizer.model",
     )
     add = parser.add_argument
     add("--src", type=file_name, required=True, help="folder with the InternEvo shards")
@@ -148,7 +148,7 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
         add("--version", type=int, choices=(1, 2), help="where the MLP is square: 1 = up is w2, 2 = up is w3")
     add(
         "--config",
-        type=Path,
+        type=file_name,
         help="where training ran on a Hugging Face class: its config.json, or a folder with one",
     )
     add(

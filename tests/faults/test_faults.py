@@ -812,7 +812,7 @@ def test_a_target_that_is_no_folder_is_refused(kind: str, place: Place) -> None:
         refused(place, command, str(place.target), "a link or a file")
 
 
-@pytest.mark.parametrize("flag", ["--src", "--tgt", "--tokenizer"])
+@pytest.mark.parametrize("flag", ["--src", "--tgt", "--tokenizer", "--config"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_name_is_a_wrong_flag(
     flag: str, family: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -821,7 +821,7 @@ def test_an_empty_name_is_a_wrong_flag(
     with copied_place(bases, family) as place:
         monkeypatch.chdir(place.root)
         before = snapshot(place.root)
-        for script, words in (place.convert_command("--force"), place.revert_command("--force")):
+        for script, words in (place.convert_command("--force", "--config", "."), place.revert_command("--force")):
             if flag in words:
                 words[words.index(flag) + 1] = ""
                 outcome = run_script(script, words)
