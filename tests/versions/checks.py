@@ -163,22 +163,26 @@ def greedy(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 
 
 def every_cache(family: Family) -> None:
+    for case in ("origin.short20", "dynamic.short20"):
+        check_every_cache(lambda backend, case=case: family.model(case, attn_implementation=backend))
+
+
+def check_every_cache(load_with: Callable[[str], Any]) -> None:
     """One prompt and a padded batch; dynamic, static and beams; eager and sdpa: the tokens of use_cache=False."""
     rows = [tokens(1, 6, seed=1), tokens(1, 11, seed=2)]
     one = (rows[1], torch.ones_like(rows[1]))
     for backend in ("eager", "sdpa"):
-        for case in ("origin.short20", "dynamic.short20"):
-            model = family.model(case, attn_implementation=backend)
-            for ids, mask in (one, left_padded(*rows)):
-                for caching, search in (
-                    ({}, {}),
-                    ({"cache_implementation": "static", "disable_compile": True}, {}),
-                    ({}, {"num_beams": 3}),
-                ):
-                    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **search}
-                    found = model.generate(ids, attention_mask=mask, **settings, **caching)
-                    expected = model.generate(ids, attention_mask=mask, **settings, use_cache=False)
-                    assert torch.equal(found, expected), (backend, case, len(ids), caching, search)
+        model = load_with(backend)
+        for ids, mask in (one, left_padded(*rows)):
+            for caching, search in (
+                ({}, {}),
+                ({"cache_implementation": "static", "disable_compile": True}, {}),
+                ({}, {"num_beams": 3}),
+            ):
+                settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **search}
+                found = model.generate(ids, attention_mask=mask, **settings, **caching)
+                expected = model.generate(ids, attention_mask=mask, **settings, use_cache=False)
+                assert torch.equal(found, expected), (backend, len(ids), caching, search)
 
 
 def beam_search(family: Family) -> None:
@@ -362,6 +366,8 @@ def load_model(folder: Path) -> None:
     scaling = ("dynamic", SCALING_FACTOR) if "_dynamic_" in folder.name else ("origin", 1.0)
     assert tuple(model.config.rope()) == (ROPE_BASE, *scaling), model.config.rope()
     assert_near(model(expected["input_ids"]).logits, expected["logits"])
+    if folder.name.endswith("_by_converter"):
+        check_every_cache(lambda backend: load(folder, attn_implementation=backend))
 
 
 def load_tokenizer(folder: Path) -> None:

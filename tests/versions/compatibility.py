@@ -45,7 +45,8 @@ EXPLANATIONS = {
     "classes. Golden numbers are what the published model code computes.",
     MODELS: "The converter's folders (rotary base 1e6, without scaling and with dynamic NTK), saved by each version "
     "and loaded by each: config.json says what it said, the rotary setting is the same, and logits beyond the trained "
-    "length are equal but for rounding.",
+    "length are equal but for rounding. The converter's own also generate: one prompt and a padded batch, dynamic and "
+    "static cache and beams, eager and sdpa, give the tokens of use_cache=False.",
     TOKENIZERS: "The tokenizers in the same folders: the ids of SentencePiece, and decoding gives the text back.",
 }
 
