@@ -17,13 +17,13 @@ import io
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LONGEST, ConversionError, naming, shown
+from .checksums import crc32
 from .kinds import check_regular
 from .plain_pickle import PickledStorage, PickledTensor, PickleError, dumps, dumps_state_dict, loads
 from .views import StoredTensor, TensorSpec, contiguous_strides
@@ -38,6 +38,8 @@ UTF8_NAMES = 0x800
 EARLIEST_DATE = 0x21
 """1 January 1980: a fixed date keeps the same tensors the same file."""
 TENSOR_ALIGNMENT = 64
+BLOCK_BYTES = 1 << 20
+"""Bytes that are read at a time."""
 MAX_DIMENSIONS = 64
 LARGEST = (1 << 63) - 1
 """No file position, size or stride is larger."""
@@ -65,8 +67,8 @@ def read_plain_dict(path: Path) -> dict[str, Any]:
 def check_records(path: Path) -> None:
     """Reads every record and compares its CRC-32; ConversionError names the first that differs."""
     try:
-        with naming(path), zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        with naming(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            damaged = next((info.filename for info in archive.infolist() if _checksum(file, info) != info.CRC), None)
     except OSError:
         raise
     except Exception as error:  # a damaged archive raises many kinds of errors
@@ -77,6 +79,19 @@ def check_records(path: Path) -> None:
         raise ConversionError(
             f"{path} is damaged: the checksum of its record {shown(damaged)} does not fit. Copy it again."
         )
+
+
+def _checksum(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
+    """CRC-32 of a record as it lies in the file."""
+    position, left = _locate(file, info)
+    file.seek(position)
+    block, value = memoryview(bytearray(min(left, BLOCK_BYTES))), 0
+    while left:
+        count = file.readinto(block[:left])
+        if not count:
+            raise zipfile.BadZipFile(f"record {shown(info.filename)} ends before its size")
+        value, left = crc32(block[:count], value), left - count
+    return value
 
 
 class _Record(NamedTuple):
@@ -292,7 +307,7 @@ class TorchFileWriter:
 
     @staticmethod
     def _small(stem: str, name: str, content: bytes) -> _Entry:
-        return _Entry(f"{stem}/{name}".encode(), len(content), content, crc=zlib.crc32(content))
+        return _Entry(f"{stem}/{name}".encode(), len(content), content, crc=crc32(content))
 
     def create(self) -> None:
         """Makes the file at its full size."""
