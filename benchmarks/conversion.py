@@ -6,8 +6,10 @@ Makes an InternEvo checkpoint of a real shape with random weights, then alternat
 
     help       --help
     start-up   the script's interpreter and imports alone       cp        cp -r of the source folder
-    convert    convert2hf, same type                            revert    back, same tensor-parallel size
+    convert    convert2hf, same type                            revert    back, to the sizes that the source has
     cast       convert2hf to another 16-bit type                plain     torch.load all, merge, save_pretrained-like
+
+With `--wp` the checkpoint is one of isp, and reverting writes isp's files again.
 
 Every command is followed by `sync`, and its time counts, so that nobody's bytes are still only in memory. Before each,
 free memory is filled with cached pages, as on a machine that has run for a while, and the command's source is read.
@@ -56,11 +58,11 @@ PRESETS = {
 }
 
 
-def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: str) -> None:
-    """Random weights of `preset`, one layer's worth of them in memory at a time, in the shards of a tp x pp grid."""
+def make_checkpoint(folder: Path, preset: Preset, tp: int, wp: int, pp: int, dtype_name: str) -> None:
+    """Random weights of `preset` in the shards of a tp x pp grid, of isp where `wp` is not 0; a stage in memory."""
     import torch
 
-    from weight_conversion.folders.grid import TENSOR_PARALLEL_FILES, grid_of
+    from weight_conversion.folders.grid import ISP_FILES, TENSOR_PARALLEL_FILES, grid_of
     from weight_conversion.folders.internevo_folder import MODEL_CONFIG
     from weight_conversion.mapping.families import FAMILIES
     from weight_conversion.mapping.family import HALVES, HIDDEN_SPLIT, common_choices
@@ -70,14 +72,14 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: 
     family = FAMILIES[preset.family]
     shape = ModelShape(preset.hidden, preset.intermediate, preset.vocab, preset.layers, preset.heads, preset.kv_heads)
     dtype = getattr(torch, dtype_name)
-    grid = grid_of(TENSOR_PARALLEL_FILES, tp, 1, pp)
+    grid = grid_of(ISP_FILES if wp else TENSOR_PARALLEL_FILES, tp, wp or 1, pp)
     bias = preset.family == "internlm"
     layout = family.layout_written(common_choices(grid.names, HIDDEN_SPLIT, HALVES, joined=False, bias=bias), 2)
     stem = "blocks" if preset.family == "internlm" else "layers"
     per_stage = preset.layers // pp
     folder.mkdir(parents=True)
     for stage in range(pp):
-        states: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
+        states: list[dict[str, torch.Tensor]] = [{} for _ in grid.members]
         for entry in family.table.entries(layout, shape):
             name = entry.training[0]
             layer = int(name.split(".")[1]) if name.startswith(stem + ".") else None
@@ -96,8 +98,8 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: 
                 tensor = torch.randn(size).to(dtype)
                 for rank in parts:
                     states[rank][local] = tensor
-        for rank, state in enumerate(states):
-            torch.save(state, folder / f"model_tp{rank}_pp{stage}.pt")
+        for member, state in zip(grid.members, states, strict=True):
+            torch.save(state, folder / grid.name(member, stage))
     config = {
         "hidden_size": preset.hidden,
         "num_attention_heads": preset.heads,
@@ -108,7 +110,7 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, pp: int, dtype_name: 
         **({"num_kv_attention_heads": preset.kv_heads, "no_bias": True, "adapt_hf": True} if stem == "layers" else {}),
     }
     torch.save(config, folder / MODEL_CONFIG)
-    (folder / "source.json").write_text(json.dumps({"preset": vars(preset), "tp": tp, "pp": pp}))
+    (folder / "source.json").write_text(json.dumps({"preset": vars(preset), "tp": tp, "wp": wp, "pp": pp}))
 
 
 @dataclass
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="1.8b", help="shape of the model; default: 1.8b")
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size of the checkpoint; default: 2")
     parser.add_argument("--pp", type=int, default=2, help="its pipeline stages; default: 2")
+    parser.add_argument("--wp", type=int, default=0, help="weight-parallel size of an isp checkpoint; default: not isp")
     parser.add_argument("--runs", type=int, choices=range(1, 100), metavar="N", default=5, help="default: 5")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="default: bfloat16")
     parser.add_argument("--max_shard", default="10GB", help="as for convert2hf; default: 10GB")
@@ -214,12 +217,13 @@ def main() -> None:
 
     preset = PRESETS[arguments.preset]
     work = arguments.folder
-    source = work / f"{arguments.preset}_tp{arguments.tp}_pp{arguments.pp}_{arguments.dtype}"
+    isp = f"_wp{arguments.wp}" if arguments.wp else ""
+    source = work / f"{arguments.preset}_tp{arguments.tp}{isp}_pp{arguments.pp}_{arguments.dtype}"
     if not (source / "source.json").exists():
         shutil.rmtree(source, ignore_errors=True)
-        make_checkpoint(source, preset, arguments.tp, arguments.pp, arguments.dtype)
+        make_checkpoint(source, preset, arguments.tp, arguments.wp, arguments.pp, arguments.dtype)
     tokenizer = arguments.tokenizer or _small_tokenizer(work)
-    nbytes = sum(path.stat().st_size for path in source.glob("model_tp*.pt"))
+    nbytes = sum(path.stat().st_size for path in source.glob("model_*_pp*.pt"))
 
     python, family = sys.executable, preset.family
     hf, back, copy, plain = (work / name for name in ("hf", "back", "copy", "plain"))
@@ -239,6 +243,7 @@ def main() -> None:
         return [*script, "--dtype", dtype, "--max_shard", arguments.max_shard]
 
     revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
+    revert += ["--pp_size", str(arguments.pp), *(["--wp_size", str(arguments.wp)] if arguments.wp else [])]
     imports = (
         "import weight_conversion.running.{0}, weight_conversion.mapping.families, weight_conversion.running.reporting"
     )
@@ -294,7 +299,10 @@ STARTS = ("help", "start-up")
 
 def _print(arguments: argparse.Namespace, nbytes: int, series: dict[str, Series]) -> None:
     print(
-        f"{arguments.preset}, tp {arguments.tp}, pp {arguments.pp}, {arguments.dtype}, {nbytes / 1e9:.2f} GB, ", end=""
+        f"{arguments.preset}, tp {arguments.tp}, wp {arguments.wp}, pp {arguments.pp}, {arguments.dtype}, ",
+        f"{nbytes / 1e9:.2f} GB, ",
+        sep="",
+        end="",
     )
     print(f"max_shard {arguments.max_shard}, {os.cpu_count()} cores, {arguments.runs} runs each, median (range)\n")
     copying = statistics.median(series["cp"].wall)

@@ -26,7 +26,16 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
-from layout import EXPECTED, MODELS, ROPE_BASE, SCALING_FACTOR, TOKENIZER, TOKENIZERS, golden_folder
+from layout import (
+    CONTINUOUS_BATCHING,
+    EXPECTED,
+    MODELS,
+    ROPE_BASE,
+    SCALING_FACTOR,
+    TOKENIZER,
+    TOKENIZERS,
+    golden_folder,
+)
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -230,6 +239,54 @@ def chat(family: Family) -> None:
     assert streamed == (response, history)
 
 
+def continuous_batching(family: Family) -> None:
+    """generate_batch gives each prompt the tokens of generate."""
+    sizes_of = getattr(transformers, "ContinuousBatchingConfig", None)
+    assert sizes_of is not None, "the paged cache cannot be sized: it takes all the memory that there is"
+    page = "page_size" if hasattr(sizes_of, "page_size") else "block_size"  # renamed in 5.17
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    prompts = [tokens(1, length, seed=length) for length in (3, 21, 11, 24)]
+    for backend in ("eager", "sdpa"):
+        model = family.model("dynamic.short20", attn_implementation=backend)
+        outcomes = model.generate_batch(
+            [prompt[0].tolist() for prompt in prompts],
+            generation_config=transformers.GenerationConfig(**settings),
+            continuous_batching_config=sizes_of(num_blocks=16, max_batch_tokens=64, **{page: 16}),
+        )
+        in_order = sorted(outcomes, key=lambda name: int(name.rpartition("_")[2]))
+        for prompt, name in zip(prompts, in_order, strict=True):
+            expected = model.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
+            assert outcomes[name].generated_tokens == expected, (backend, prompt.shape)
+
+
+@torch.no_grad()
+def other_heads(family: Family) -> None:
+    """Token classification and question answering on the golden body: packed rows, saved and loaded again."""
+    body = family.model("dynamic.short20")
+    rows = [tokens(1, length, seed=length) for length in (7, 40, 1)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    for head in ("ForTokenClassification", "ForQuestionAnswering"):
+        cls = getattr(sys.modules[type(body).__module__], type(body).__name__.replace("ForCausalLM", head))
+        model = cls(body.config).eval()
+        model.model.load_state_dict(body.model.state_dict())
+        for packed, *alone in zip(
+            scores(model(torch.cat(rows, 1), position_ids=positions)),
+            *(scores(model(row)) for row in rows),
+            strict=True,
+        ):
+            close(packed, torch.cat(alone, 1))
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            reloaded = cls.from_pretrained(scratch)
+            for name, weight in model.state_dict().items():
+                assert torch.equal(reloaded.state_dict()[name], weight), name
+
+
+def scores(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """What a head says of each token."""
+    return (outputs.logits,) if "logits" in outputs else (outputs.start_logits, outputs.end_logits)
+
+
 def attention_weights(family: Family) -> None:
     family.compare("origin.hidden_attn", family.model("origin.hidden_attn"))
 
@@ -329,10 +386,12 @@ CHECKS: dict[str, Callable[[Family], None]] = {
     "beam search, cached = uncached": beam_search,
     "left-padded generation = each row alone": left_padding,
     "the same with a static cache": static_cache,
+    CONTINUOUS_BATCHING: continuous_batching,
     "chat, stream_chat": chat,
     "output_attentions, output_hidden_states": attention_weights,
     'attn_implementation="sdpa"': sdpa,
     "packed sequences = each alone": packed_sequences,
+    "token classification, question answering": other_heads,
     "loss and backward": loss_and_backward,
     "gradient checkpointing: the same gradients": gradient_checkpointing,
     "save_pretrained and reload: the same bits": save_and_reload,

@@ -27,7 +27,7 @@ from pathlib import Path
 import folders
 import torch
 from environments import NEWEST, PINS, environment_variables, make_newest, newest_versions
-from layout import MODELS, TOKENIZER, TOKENIZERS
+from layout import CONTINUOUS_BATCHING, MODELS, TOKENIZER, TOKENIZERS
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -56,6 +56,10 @@ GENERIC_TOKENIZER = (
     "tokenizer_config.json still names the files it left out. Copy tokenizer.model and tokenization_internlm2*.py "
     "from the original folder, or load what was saved with PreTrainedTokenizerFast."
 )
+UNSIZED_PAGES = (
+    "The paged cache of transformers before 5.4 takes all the memory that there is, and its settings cannot say "
+    "otherwise, so it was not tried. Use generate there."
+)
 GENERIC_TOKENIZER_VERSIONS = ("5.4.0", "5.8.0")
 
 
@@ -74,6 +78,10 @@ LIMITS: Mapping[Cell, str] = {
     for saved in GENERIC_TOKENIZER_VERSIONS
     for loaded in PINS
     if loaded not in GENERIC_TOKENIZER_VERSIONS
+} | {
+    Cell(FEATURES, CONTINUOUS_BATCHING, version, family): UNSIZED_PAGES
+    for version in ("4.57.6", "5.0.0")
+    for family in FAMILIES
 }
 """What cannot be right, and why."""
 
@@ -128,8 +136,9 @@ def main() -> int:
     if versions == list(PINS):
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(report, encoding="utf-8")
+        in_pages = "\n\n".join([tables[0].markdown(reasons := reasons_of(tables[:1])), *notes(reasons)])
         for page in PAGES:
-            page.write_text(with_table(page.read_text(encoding="utf-8"), tables[0].markdown([])), encoding="utf-8")
+            page.write_text(with_table(page.read_text(encoding="utf-8"), in_pages), encoding="utf-8")
     failures = [failure for table in tables for failure in table.failures()]
     print(*(f"FAILED {failure}" for failure in failures), sep="\n", file=sys.stderr)
     return 1 if failures else 0
@@ -236,7 +245,7 @@ def with_table(page: str, table: str) -> str:
 def render(tables: Sequence[Table]) -> str:
     """The report: every table with what its cells mean, and the reason behind each "no" that cannot be helped."""
     parts = ["# Compatibility with transformers", f"Made by `make compat`, with torch {torch.__version__}."]
-    reasons = list(dict.fromkeys(LIMITS[cell] for table in tables for cell in table.errors if cell in LIMITS))
+    reasons = reasons_of(tables)
     for table in tables:
         right = sum(not error for error in table.errors.values())
         parts.append(f"## {table.title}")
@@ -244,7 +253,16 @@ def render(tables: Sequence[Table]) -> str:
             f"{EXPLANATIONS[table.title]} {right} of {len(table.errors)} tries with the two families are right."
         )
         parts.append(table.markdown(reasons))
-    return "\n\n".join(parts + [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]) + "\n"
+    return "\n\n".join([*parts, *notes(reasons)]) + "\n"
+
+
+def reasons_of(tables: Sequence[Table]) -> list[str]:
+    """What stands behind each "no" of the tables that cannot be helped, in their order."""
+    return list(dict.fromkeys(LIMITS[cell] for table in tables for cell in table.errors if cell in LIMITS))
+
+
+def notes(reasons: Sequence[str]) -> list[str]:
+    return [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
 
 
 if __name__ == "__main__":

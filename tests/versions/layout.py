@@ -29,6 +29,9 @@ SCALING_FACTOR = 3.0
 # Titles of the tables of what one version saved and another loaded.
 MODELS, TOKENIZERS = "Models saved and loaded", "Tokenizers saved and loaded"
 
+CONTINUOUS_BATCHING = "generate_batch = generate"
+"""Title of the row that the oldest versions fail."""
+
 
 def golden_folder(root: Path, family: str, name: str) -> Path:
     """Where the folder for a golden case of a family lies under `root`."""
