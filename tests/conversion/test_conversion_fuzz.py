@@ -91,7 +91,7 @@ def test_a_changed_byte_of_a_tensor_is_told_by_its_checksum(
 
 
 def test_a_changed_byte_of_a_safetensors_tensor_cannot_be_told(subjects: dict[tuple[str, str], Subject]) -> None:
-    """The format has no checksums: the one damage that goes through, as the README says."""
+    """The format has no checksums: the one damage that goes through, as docs/troubleshooting.md says."""
     subject = subjects["internlm2", "safetensors"]
     path = subject.weights[0]
     with pytest.raises(AssertionError, match="differ"):
