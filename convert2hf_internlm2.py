@@ -1,6 +1,10 @@
 """Converts an InternLM2 checkpoint of the InternEvo training framework into a Hugging Face folder."""
 
 import sys
+from pathlib import Path
+
+if __package__:  # python -m huggingface_model.convert2hf_internlm2, from the folder above: what it needs lies beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from weight_conversion.command_line import convert_parser, run_convert
 

@@ -1,6 +1,10 @@
 """Reverts an InternLM2 Hugging Face folder to a checkpoint that the InternEvo training framework loads."""
 
 import sys
+from pathlib import Path
+
+if __package__:  # python -m huggingface_model.revert_internlm2, from the folder above: what it needs lies beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from weight_conversion.command_line import revert_parser, run_revert
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers.configuration_utils import PretrainedConfig
 
+# That of the project that these modules come from.
+__version__ = "1.2.0"
+
 AUTO_MAP = {
     "AutoConfig": "configuration_internlm.InternLMConfig",
     "AutoModel": "modeling_internlm.InternLMForCausalLM",

@@ -21,3 +21,9 @@ What flows through, for either direction:
     command_line                   the flags of the four scripts, and their exit status
     errors, signals, printing      the sentence that stops a run, the signals that do, and what stops none
 """
+
+__version__ = "1.2.0"
+"""The project's: pyproject.toml and the scripts take it from here, the converters write it into config.json, and the
+modules that they copy beside the weights state the same."""
+
+PROJECT = "internevo-hf-bridge"

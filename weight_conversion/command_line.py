@@ -8,10 +8,11 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import PROJECT, __version__
 from .errors import ConversionError
 from .printing import say
 from .signals import EndedBySignal, raised_once
@@ -37,16 +38,26 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that ends its error messages with an example of the right call."""
+    """argparse that ends its error messages with an example of the right call.
+
+    `--version` as the only argument prints the project's version; among others it is InternLM's, with a value.
+    """
 
     def __init__(self, description: str, example: str) -> None:
         super().__init__(
-            description=description,
+            description=f"{description}\n\n{PROJECT} {__version__}; --version alone prints this.",
             epilog=f"example:\n  {example}",
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         self._example = example
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        if words == ["--version"]:
+            say(f"{PROJECT} {__version__}")
+            self.exit()
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)

@@ -94,7 +94,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Workplace:
-    """`inside` looks like this folder, `holder` like a repository that holds it; the commands of the pages ran there."""
+    """`inside` looks like this folder, `holder` like a repository that holds it; the pages' commands ran there."""
 
     inside: Path
     holder: Path

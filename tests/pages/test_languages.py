@@ -73,7 +73,7 @@ def outline(page: Path) -> list[tuple[str, Any]]:
     return found
 
 
-LINKING = (*PAGES, *sorted((REPOSITORY / "benchmarks").glob("*.md")))
+LINKING = sorted({*PAGES, *REPOSITORY.glob("*.md"), *(REPOSITORY / "benchmarks").glob("*.md")})
 
 
 @pytest.mark.parametrize("page", LINKING, ids=name_of)
@@ -131,7 +131,7 @@ def test_every_page_is_linked_to() -> None:
 def test_the_tree_shows_the_folder() -> None:
     """The drawing in docs/contributing.md names everything that lies at the top."""
     (drawn,) = (block.text for block in blocks(REPOSITORY / "docs" / "contributing.md") if block.language == "text")
-    shown = {line.split("── ")[1].split()[0].rstrip("/") for line in drawn.splitlines() if "── " in line}
+    shown = {line.split()[1].rstrip("/") for line in drawn.splitlines() if line.startswith(("├", "└"))}
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("needs the repository's own list of files")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import PROJECT, __version__
 from ..errors import ConversionError, naming, shown
 from ..files.casting import Array, Loss
 from ..files.copying import Copier, Move, Task
@@ -289,6 +290,7 @@ def _config(form: Form, request: ConvertRequest, source: _Source) -> dict[str, A
     return {
         "architectures": [f"{form.name}ForCausalLM"],
         "bos_token_id": 1,
+        "converted_by": f"{PROJECT} {__version__}",
         "dtype": dtype,
         "eos_token_id": 2,
         "hidden_act": "silu",
