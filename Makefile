@@ -65,7 +65,7 @@ newest-torch:
 compat-environments: $(READY)
 	$(BIN)/python tests/versions/environments.py
 
-# What every version makes of the model packages and of the converters' folders: benchmarks/compatibility.md.
+# What every version makes of the model packages and of the converters' folders: tests/versions/compatibility.md.
 compat: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py
 
@@ -77,7 +77,7 @@ compat-ci: $(READY)
 newest: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py --newest
 
-# The real tokenizers on every version, loaded in every way: benchmarks/tokenizer_versions.md.
+# The real tokenizers on every version, loaded in every way: tests/versions/tokenizer_versions.md.
 tokenizer-versions: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/tokenizer_versions.py
 

@@ -3,7 +3,7 @@
     python benchmarks/fault_campaign.py --layouts 2000 --cuts 2000 --payload 2000 --random 500
 
 Runs what `make test` runs a few times of, with counts as arguments, and writes them with what happened to
-benchmarks/FAULTS.md. Ends with status 1 where a promise was broken; the first cases of each kind are printed.
+benchmarks/fault_campaign.md. Ends with status 1 where a promise was broken; the first cases of each kind are printed.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def main() -> int:
     add("--random", type=int, default=500, help="signals at random moments, for each direction and signal")
     add("--hanging", type=int, default=50, help="operations that never return, for each direction and signal")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=REPOSITORY / "benchmarks" / "FAULTS.md")
+    add("--output", type=Path, default=REPOSITORY / "benchmarks" / "fault_campaign.md")
     arguments = parser.parse_args()
     lines: list[Line] = []
     with quick_folder() as folder:

@@ -1,5 +1,5 @@
 """Random layouts come back exactly; random damage is told or harmless. The counts are small here, and large in
-benchmarks/fault_campaign.py, whose last results stand in benchmarks/FAULTS.md."""
+benchmarks/fault_campaign.py, whose last results stand in benchmarks/fault_campaign.md."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def outline(page: Path) -> list[tuple[str, Any]]:
     return found
 
 
-LINKING = sorted({*PAGES, *REPOSITORY.glob("*.md"), *(REPOSITORY / "benchmarks").glob("*.md")})
+RESULTS = (*(REPOSITORY / "benchmarks").glob("*.md"), *(REPOSITORY / "tests" / "versions").glob("*.md"))
+LINKING = sorted({*PAGES, *REPOSITORY.glob("*.md"), *RESULTS})
 
 
 @pytest.mark.parametrize("page", LINKING, ids=name_of)
@@ -83,6 +84,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             file, anchor = target(page, link)
             assert file.is_file(), link
             assert not anchor or anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS), ids=name_of)
+def test_results_lie_beside_what_made_them(page: Path) -> None:
+    assert page.with_suffix(".py").is_file()
 
 
 def target(page: Path, link: str) -> tuple[Path, str]:

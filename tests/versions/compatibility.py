@@ -1,6 +1,6 @@
 """Try both families on every transformers version of environments.py, and tell the result as Markdown tables.
 
-    make compat       # all versions; writes benchmarks/compatibility.md and the table in both docs/versions pages
+    make compat       # all versions; writes tests/versions/compatibility.md and the table in both docs/versions pages
     make compat-ci    # the oldest and the newest; writes nothing
     make newest       # what the package index has today, unpinned, release candidates too; writes nothing
 
@@ -31,7 +31,7 @@ from layout import CONTINUOUS_BATCHING, MODELS, TOKENIZER, TOKENIZERS
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-REPORT = REPOSITORY / "benchmarks" / "compatibility.md"
+REPORT = HERE / "compatibility.md"
 PAGES = (REPOSITORY / "docs" / "versions.md", REPOSITORY / "docs" / "versions-zh-Hans.md")
 BEGIN, END = "<!-- made by make compat -->", "<!-- up to here -->"
 LOGS = REPOSITORY / ".build" / "compatibility"

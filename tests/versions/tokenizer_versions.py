@@ -1,6 +1,6 @@
 """Try the real tokenizers' files on several transformers versions, and write the result as a Markdown table.
 
-    make tokenizer-versions    # writes benchmarks/tokenizer_versions.md
+    make tokenizer-versions    # writes tests/versions/tokenizer_versions.md
 
 Needs the real tokenizer models and the recorded cases beside the repository (../shared). Each version runs in its own
 environment. Exit status 1 if a tokenizer was loaded and is wrong. That a version asks for trust_remote_code is right.
@@ -28,7 +28,7 @@ from weight_conversion.tokenizer.tokenizer_files import Tokenizer, TokenizerSpec
 from weight_conversion.tokenizer.tokenizer_json import SlowTokenizer, SpecialTokens
 
 HERE = Path(__file__).resolve().parent
-REPORT = HERE.parents[1] / "benchmarks" / "tokenizer_versions.md"
+REPORT = HERE / "tokenizer_versions.md"
 VERSIONS = ("4.57.6", "5.0.0", "5.4.0", "5.8.0", "5.12.1", "5.17.0", "5.24.0")
 CASES, PROMPT = "cases.json", "prompt.json"
 
