@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-kernels kernels-ci floor newest-torch lint compat compat-ci compat-environments newest llama-cpp tokenizer-versions peer-tests
+.PHONY: demo test test-kernels kernels-ci floor newest-torch lint compat compat-ci compat-environments newest llama-cpp internevo tokenizer-versions peer-tests
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -92,6 +92,18 @@ $(LLAMA_CPP)/.installed: | $(READY)
 
 llama-cpp: $(LLAMA_CPP)/.installed
 	PYTHONPATH=.:$(LLAMA_CPP) $(BIN)/python -m pytest tests/consumers/llama_cpp/compare.py
+
+# InternEvo's own trainer and loader on a CPU, of its last package, in a folder beside the environment.
+INTERNEVO := .compat/internevo
+
+$(INTERNEVO)/.installed: tests/internevo/requirements.txt | $(READY)
+	rm -rf $(INTERNEVO)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(INTERNEVO) --requirement $<
+	rm -rf $(INTERNEVO)/tests
+	touch $@
+
+internevo: $(INTERNEVO)/.installed
+	PYTHONPATH=.:$(abspath $(INTERNEVO)) $(BIN)/python -m pytest -n 2 --dist worksteal -rP tests/internevo/framework_suite.py
 
 # transformers' own tests of causal models, where there is a checkout: TRANSFORMERS_TESTS=its/tests make peer-tests
 peer-tests: $(READY)

@@ -44,6 +44,7 @@ from .compat_internlm2 import (
     in_our_words,
     is_paged,
     is_prepared,
+    mark_for_internevo,
     prepares_inputs,
     refuse_unknown,
     update_cache,
@@ -246,6 +247,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    is_in_internevo = False  # whether InternEvo's trainer was there when the model was built
 
     def __init__(self, config: InternLM2Config, *args: Any, **kwargs: Any) -> None:
         """
@@ -262,6 +264,10 @@ class InternLM2PreTrainedModel(PreTrainedModel):
             )
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self) -> None:
+        super().post_init()
+        self.is_in_internevo = mark_for_internevo(self)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in PreTrainedModel, with one rule for the dtype in every transformers version: `dtype` (or
@@ -276,6 +282,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **with_tensor_parallelism(kwargs))
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config._requested_dtype = None
+        mark_for_internevo(model)  # loading put other parameters in the place of the marked ones
         if model.config.num_key_value_heads % (model.tp_size or 1):
             raise ValueError(
                 f"Tensor parallelism over {model.tp_size} processes would cut key/value heads apart. Their number, "
@@ -458,7 +465,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not self.is_in_internevo
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = DynamicCache(past_key_values)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Every difference between transformers 4.57.6 and 5.24 that the InternLM model has to know."""
+"""What the InternLM model has to know of transformers, 4.57.6 to 5.24 each in its way, and of InternEvo's trainer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,8 @@ def in_our_words(forward: Callable) -> Callable:
     """A model's `forward`, called in the words of any transformers version.
 
     The cache is the argument that is one, whatever its name; `forward` gets it as `past_key_values`, and the output
-    has it under the name that it came by, too. With `return_dict=False`, here or in the config, the output is a tuple.
+    has it under the name that it came by, too. With `return_dict=False`, here or in the config, the output is a tuple,
+    and so it is under InternEvo's trainer, which passes its elements to the loss.
     """
 
     @functools.wraps(forward)
@@ -111,7 +113,7 @@ def in_our_words(forward: Callable) -> Callable:
             if name not in ("past_key_values", CACHE_NAME):
                 output[name] = arguments["past_key_values"]
         if return_dict is None:
-            return_dict = self.config.return_dict
+            return_dict = self.config.return_dict and not self.is_in_internevo
         return output if return_dict else output.to_tuple()
 
     return wrapper
@@ -300,3 +302,37 @@ def with_tensor_parallelism(arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     others = {name: value for name, value in arguments.items() if name not in ("tp_plan", "tp_size")}
     return {**others, "distributed_config": DistributedConfig(**wanted)}
+
+
+# ------------------------------------------------------------------------------------------ InternEvo's trainer
+
+
+def internevo() -> Any:
+    """InternEvo's module `internlm.core.context` where its trainer was started in this process, else None.
+
+    It is looked up among what is imported already: these models import nothing of the framework.
+    """
+    module = sys.modules.get("internlm.core.context")
+    context = getattr(module, "global_context", None)
+    started = context is not None and context.is_initialized(module.ParallelMode.TENSOR)  # type: ignore[union-attr]
+    return module if started else None
+
+
+def mark_for_internevo(model: nn.Module) -> bool:
+    """Mark the parameters as the trainer asks, which refuses a model with one that has no mark; whether it is there.
+
+    A mark says over which ranks the trainer sums gradients and their norm. These models are whole on every rank.
+    """
+    framework = internevo()
+    if framework is None:
+        return False
+    tensor = framework.global_context.config.parallel["tensor"]
+    if isinstance(tensor, dict) and tensor.get("mode") == "isp":
+        mark = framework.IS_TENSOR_DATA_PARALLEL
+    elif framework.global_context.get_world_size(framework.ParallelMode.TENSOR) > 1:
+        mark = framework.IS_REPLICA_ZERO_PARALLEL  # else each tensor-parallel rank would add to the norm
+    else:
+        mark = framework.IS_TENSOR_ZERO_PARALLEL
+    for parameter in model.parameters():
+        setattr(parameter, mark, True)
+    return True

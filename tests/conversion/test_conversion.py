@@ -238,7 +238,18 @@ def refusal(family: str, source: Path, tokenizer: Path, capsys: pytest.CaptureFi
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("choices", [{}, {"wp": 2}, {"wp": 4, "isp_2025": True}], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"wp": 2},
+        {"wp": 4, "isp_2025": True},
+        {"tp": 2, "whole": True},
+        {"tp": 2, "wp": 4, "whole": True},
+        {"wp": 2, "isp_2025": True, "whole": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_on_the_hugging_face_class_comes_back(

@@ -1,27 +1,27 @@
 """Loads a folder of shards with the training framework's own loader, one process per rank, on a CPU.
 
-    python load_shards.py FOLDER internlm|internlm2 [--tp 2] [--pp 2] [--wp 4] [--allow-second-name]
+    python load_shards.py FOLDER internlm|internlm2 [--tp 2] [--pp 2] [--wp 4] [--allow-second-name] [--logits FILE]
 
-Needs the framework (PyPI: internevo 0.5.2.dev20240525) and torch; nothing of this repository. Every rank builds its
-part of the model from model_config.pt with the framework's builder, loads its file with the framework's loader, and
-fails where that logs a missing or an unexpected name or where a parameter is not, bit for bit, what the file holds.
+Needs the framework (PyPI: internevo 0.5.2.dev20240525) and torch; nothing of this repository but framework.py. Every
+rank builds its part of the model from model_config.pt with the framework's builder, loads its file with the framework's
+loader, and fails where that logs a missing or an unexpected name or where a parameter is not, bit for bit, what the
+file holds. FILE holds {input_ids [B, T], logits [B, T, V]}: without a pipeline, those of the framework's model must be
+within 1e-4 of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.machinery
-import importlib.util
 import math
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import framework
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--wp", type=int, help="weight-parallel size: the run is isp")
+    parser.add_argument("--logits", type=Path, help="inputs and logits that the model must give, without a pipeline")
     parser.add_argument("--allow-second-name", action="store_true", help="of the embedding, in the only shard")
     arguments = parser.parse_args()
     world = arguments.pp * math.lcm(arguments.tp, arguments.wp or 1)
@@ -54,12 +55,7 @@ def main() -> int:
 def load_rank(rank: int, world: int, arguments: argparse.Namespace, meeting: Path) -> None:
     """One process of the run."""
     torch.set_num_threads(1)
-    if importlib.util.find_spec("dill") is None:  # imported, not used
-        stand_in = types.ModuleType("dill")
-        stand_in.__spec__ = importlib.machinery.ModuleSpec("dill", None)
-        sys.modules["dill"] = stand_in
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    context = start(rank, world, arguments)
+    context = start(rank, world, arguments, meeting)
     from internlm.checkpoint import components
     from internlm.model.builder import create_model
     from internlm.model.registry import register_model_initializer
@@ -84,19 +80,18 @@ def load_rank(rank: int, world: int, arguments: argparse.Namespace, meeting: Pat
     if unexpected or any(text.count("'") > 2 for text in said):
         raise AssertionError(f"rank {rank}: {said}")
     compare(rank, model, saved_file(arguments, context))
+    if arguments.logits is not None:
+        compare_logits(rank, model, arguments.logits, context)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def start(rank: int, world: int, arguments: argparse.Namespace) -> Any:
-    """The framework's global context, initialised for the run, on a CPU."""
-    from internlm.core.context import Config, ParallelMode
-    from internlm.core.context import global_context as context
-
+def start(rank: int, world: int, arguments: argparse.Namespace, meeting: Path) -> Any:
+    """The framework's global context, started for the run."""
     settings = torch.load(arguments.folder / "model_config.pt", weights_only=True)
     model_type = MODEL_TYPES[arguments.family]
     settings = {key: value for key, value in settings.items() if key not in NOT_OF_THIS_BUILDER[model_type]}
-    settings |= {"dtype": torch.float32, "parallel_output": False}
+    settings |= {"dtype": torch.float32, "parallel_output": False, "use_flash_attn": False}
     mode = "mtp" if arguments.wp is None else "isp"
     parallel = {
         "zero1": {"size": -1, "fsdp": False},
@@ -106,16 +101,8 @@ def start(rank: int, world: int, arguments: argparse.Namespace) -> Any:
         "sequence_parallel": mode == "isp",
     }
     data = {"use_packed_dataset": False, "seq_len": 64, "micro_num": 1, "micro_bsz": 1}
-    context.load_config(Config({"model_type": model_type, "model": settings, "parallel": parallel, "data": data}))
-    ranks = list(range(world))
-    group = dist.GroupMember.WORLD
-    context._register_dist(rank, world, group, None, ranks, ParallelMode.GLOBAL)
-    context._global_ranks[ParallelMode.GLOBAL] = rank
-    context.init_parallel_groups()
-    from internlm.accelerator import get_accelerator
-
-    type(get_accelerator()).empty_cache = lambda self: None  # there is none to empty
-    return context
+    config = {"model_type": model_type, "model": settings, "parallel": parallel, "data": data}
+    return framework.start(config, rank, world, meeting)
 
 
 def saved_file(arguments: argparse.Namespace, context: Any) -> Path:
@@ -134,6 +121,23 @@ def compare(rank: int, model: torch.nn.Module, path: Path) -> None:
     for name, tensor in found.items():
         if name not in expected or not torch.equal(tensor, expected[name].to(tensor.dtype)):
             raise AssertionError(f"rank {rank}: {name} is not as {path.name} has it")
+
+
+def compare_logits(rank: int, model: torch.nn.Module, path: Path, context: Any) -> None:
+    """The framework's own forward pass, with its communicators, gives the logits in the file."""
+    from internlm.train import initialize_parallel_communicator
+
+    expected = torch.load(path, weights_only=True)
+    wrapped = model if isinstance(model, torch.nn.ModuleList) else [model]
+    initialize_parallel_communicator(torch.nn.ModuleList(wrapped))
+    with torch.no_grad(), framework.rotary_of_copies():
+        found = model.eval()(input_ids=expected["input_ids"])
+    found = found[0] if isinstance(found, tuple) else found
+    distance = float((found.float() - expected["logits"]).abs().max())
+    if rank == 0:
+        print(f"     logits within {distance:.1e}")
+    if not distance < 1e-4:
+        raise AssertionError(f"rank {rank}: the logits are {distance} off")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class Recipe:
     """Pipeline mode ZBV, of 2 chunks: chunk 1 goes back from the last stage to the first."""
     hf_class: bool = False
     """Training ran on the Hugging Face class, so shards have its names."""
+    whole: bool = False
+    """With `hf_class`: every file holds all of the model."""
     dtype: torch.dtype = torch.float32
     bias: bool = False
     embedding: str = "hidden"
@@ -250,7 +252,7 @@ def _hf_class_tensors(model: _Model, ranks: _Ranks) -> Iterator[tuple[str, torch
     """What training on the Hugging Face class saves; cut over weight ranks where its linear layers were replaced."""
     recipe, (rank, size) = model.recipe, ranks.outer
     for name, tensor in _hf_tensors(model).items():
-        if "norm" in name:
+        if "norm" in name or recipe.whole:
             yield name, tensor
         elif "embed" in name:
             yield name, tensor.chunk(size, 1)[rank]

@@ -86,13 +86,17 @@ class Grid:
     wp_size: int
     pp_size: int
     members: tuple[Member, ...]
+    of_copies: bool = False
+    """Whether each member holds every tensor whole: no group cuts anything."""
 
     def size(self, group: Group) -> int:
+        if self.of_copies:
+            return 1
         return self.tp_size if group is Group.TENSOR else self.wp_size
 
     def ranks(self, group: Group) -> list[int]:
         """The rank in `group` of each member."""
-        return [member[group is Group.WEIGHT] for member in self.members]
+        return [0 if self.of_copies else member[group is Group.WEIGHT] for member in self.members]
 
     def name(self, member: Member, stage: int | str) -> str:
         return self.names.template.format(tp=member[0], wp=member[1], pp=stage)

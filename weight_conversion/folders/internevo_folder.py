@@ -26,6 +26,8 @@ from .numbering import Numbering, Place, SavedName, found_numbering, parsed
 MODEL_CONFIG = "model_config.pt"
 HEADS = ("norm.weight", "head.weight", "output.weight", "lm_head.weight")
 """What stands behind the last layer."""
+HF_OUTPUTS = ("layers.0.self_attn.o_proj.weight", "layers.0.attention.wo.weight")
+"""A square weight of a Hugging Face class, which every run that cuts anything cuts."""
 WORD_EMBEDDINGS = ".word_embeddings"
 """In the name of an embedding that is split along the vocabulary."""
 
@@ -64,6 +66,12 @@ class TrainingCheckpoint:
         return any(head is not None and not _is_prefixed(head) for head in heads) and any(
             layer is not None and _is_prefixed(layer) for layer in layers
         )
+
+    def of_hf_class(self, config: dict[str, Any], where: Path) -> TrainingCheckpoint:
+        """The same with the settings of the class. Unless its modules were replaced, each rank has it whole."""
+        shapes = {tensor.shape for tensor in map(self.first, HF_OUTPUTS) if tensor is not None}
+        whole = shapes == {(config["hidden_size"], config["hidden_size"])}
+        return replace(self, config=config, config_file=where, grid=replace(self.grid, of_copies=whole))
 
 
 def _is_prefixed(tensor: StoredTensor) -> bool:

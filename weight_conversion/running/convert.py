@@ -149,7 +149,7 @@ def _with_true_settings(
         )
     where = request.config / CONFIG if request.config.is_dir() else request.config
     settings = training_settings(read_json(where), where, reporter.warn)
-    return replace(checkpoint, config=settings, config_file=where)
+    return checkpoint.of_hf_class(settings, where)
 
 
 def _normalizes_head(checkpoint: TrainingCheckpoint, request: ConvertRequest) -> bool:

@@ -1,0 +1,237 @@
+"""InternEvo itself (PyPI, on a CPU): it trains these models by the page's four steps, and loads what revert writes.
+
+`make internevo` runs it. The framework lies in a folder of its own beside the environment (FRAMEWORK in the Makefile).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.support.model_families import FAMILIES, Family
+from tests.support.tokenizer_fixture import train_tokenizer
+from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+HEADING = "Training Hugging Face models with InternEvo"
+SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+"""Of the models that are trained here, where those of the page are of 7B parameters."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "internlm": {"num_attention_heads": 4, "rms_norm_eps": 1e-6},
+    "internlm2": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bias": False,
+        "rms_norm_eps": 1e-3,
+        "rope_theta": 1000000,
+    },
+}
+MODELS = {"internlm": "internlm-7b", "internlm2": "internlm2-7b"}
+
+
+# ----------------------------------------------------------------------------------------------------- the four steps
+
+
+def page() -> str:
+    """The section of the page, from its heading to the next of the same level."""
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        found = re.search(rf"^(#+) {HEADING}$\n(.*?)(?=^\1 |\Z)", path.read_text(encoding="utf-8"), re.M | re.S)
+        if found:
+            return found[2]
+    raise AssertionError(f"no page has the heading {HEADING!r}")
+
+
+def blocks() -> Iterator[tuple[str, str]]:
+    """(file, text) of the section's Python blocks: a block goes into the file that is named last before it."""
+    text = page()
+    for fence in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
+        yield re.findall(r"`([\w/.-]+\.py)`", text[: fence.start()])[-1], fence[1]
+
+
+@pytest.fixture(scope="session")
+def framework(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The framework's folder with the page's blocks in its files, and this repository in it as huggingface_model."""
+    folder = tmp_path_factory.mktemp("InternEvo")
+    installed = importlib.util.find_spec("internlm")
+    assert installed is not None, "run it by `make internevo`, which installs the framework"
+    shutil.copytree(Path(str(installed.origin)).parent, folder / "internlm")
+    for package in ("internlm_model", "internlm2_model"):
+        shutil.copytree(REPOSITORY / package, folder / "huggingface_model" / package)
+    (folder / "configs").mkdir()
+    for name, text in blocks():
+        path = folder / name
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.write_text(f"{before}\n\n{text}", encoding="utf-8")
+    for family in FAMILIES:
+        save_model(family, folder / "huggingface_model" / MODELS[family.name])
+    config = (folder / "configs" / "7B_hf.py").read_text(encoding="utf-8")
+    renamed = config.replace("INTERNLM_FROM_HF", "INTERNLM2_FROM_HF").replace(*MODELS.values())
+    (folder / "configs" / "internlm2.py").write_text(renamed, encoding="utf-8")
+    (folder / "configs" / "internlm.py").write_text(config, encoding="utf-8")
+    return folder
+
+
+def save_model(family: Family, folder: Path) -> None:
+    """What step 1 downloads: a small random model in the place of the published one."""
+    torch.manual_seed(0)
+    model = family.cls("ForCausalLM")(family.cls("Config")(**SHAPE, **SETTINGS[family.name]))
+    for name, parameter in model.named_parameters():  # fresh ones are 1 and 0, which would hide a mistake
+        if name.endswith(("norm.weight", "bias")):
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    model.save_pretrained(folder)
+
+
+def in_framework(folder: Path, script: str, *words: Any) -> str:
+    """What a script of this room prints in the framework's folder; it has the environment, and the installed rest."""
+    paths = os.pathsep.join((str(folder), os.environ["PYTHONPATH"]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(HERE / script), *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run said, and the folder that it saved."""
+
+    losses: list[float]
+    norms: list[dict[str, float]]
+    evaluated: float
+    folder: Path
+
+
+def trained(framework: Path, family: Family, folder: Path, *flags: Any) -> Trained:
+    shape = json.dumps({**SHAPE, **SETTINGS[family.name]}) if family.name == "internlm" else "{}"
+    printed = in_framework(framework, "train.py", f"configs/{family.name}.py", folder, "--default_shape", shape, *flags)
+    return Trained(**json.loads(printed.splitlines()[-1]), folder=folder)
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def convert(family: Family, source: Path, target: Path, tokenizer: Path, *flags: str) -> int:
+    parser = convert_parser("convert", family.name, 1.0, versions=family.name == "internlm")
+    paths = ["--src", str(source), "--tgt", str(target), "--tokenizer", str(tokenizer), "--verify"]
+    return run_convert(family.name, parser.parse_args([*paths, *flags]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dtype", "float32"),
+        ("--dtype", "bfloat16"),
+        ("--dtype", "float32", "--unpacked"),
+        ("--dtype", "bfloat16", "--unpacked"),
+        ("--dtype", "float32", "--mode", "isp"),
+    ],
+    ids=" ".join,
+)
+def test_the_four_steps_train_and_what_they_save_converts(
+    framework: Path,
+    family: Family,
+    flags: tuple[str, ...],
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = trained(framework, family, tmp_path / "saved", *flags)
+    assert convert(family, run.folder, tmp_path / "refused", tokenizer) == 1
+    assert "--config" in capsys.readouterr().err
+    print(f"{family} {' '.join(flags)}: loss {[round(loss, 3) for loss in run.losses]}, then {run.evaluated:.3f}")
+    dtype = flags[1]
+    config = str(run.folder / "class")
+    assert convert(family, run.folder, tmp_path / "hf", tokenizer, "--dtype", dtype, "--config", config) == 0
+    check_converted(run.folder, tmp_path / "hf", family)
+
+
+def check_converted(saved: Path, converted: Path, family: Family) -> None:
+    """Every tensor is the one saved, every setting the class's, and the logits are the trained model's."""
+    expected = torch.load(min(saved.glob("model_tp*.pt")), weights_only=True)
+    found = load_file(converted / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    config = json.loads((converted / "config.json").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in SETTINGS[family.name]} == SETTINGS[family.name]
+    logits = torch.load(saved / "class" / "logits.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True, torch_dtype="auto").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(logits["ids"]).logits, logits["logits"].to(model.dtype), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("flags", [("--tp", "2"), ("--mode", "isp", "--wp", "2"), ()], ids=" ".join)
+def test_ranks_train_alike(
+    framework: Path, family: Family, flags: tuple[str, ...], tokenizer: Path, tmp_path: Path
+) -> None:
+    """Two processes, which hold all of the model each: the losses and norms are those of one, and so is what is saved.
+
+    Both have the same batch, so the mean of their gradients is that of one.
+    """
+    alone = trained(framework, family, tmp_path / "alone")
+    together = trained(framework, family, tmp_path / "together", "--processes", "2", *flags)
+    assert together.losses == pytest.approx(alone.losses, abs=1e-4)
+    assert [sum(norm.values()) for norm in together.norms] == pytest.approx(
+        [sum(norm.values()) for norm in alone.norms], rel=1e-3
+    )
+    config = str(together.folder / "class")
+    flags = ("--dtype", "float32", "--config", config)
+    assert convert(family, together.folder, tmp_path / "hf", tokenizer, *flags) == 0
+    check_converted(together.folder, tmp_path / "hf", family)
+
+
+# --------------------------------------------------------------------------------------------- what revert writes
+
+RUNS = [
+    "--tp 1",
+    "--tp 2",
+    "--tp 2 --pp 2",
+    "--tp 1 --wp 2",
+    "--tp 1 --wp 4 --pp 2",
+    "--tp 2 --wp 4",
+    "--tp 1 --pp 2 --chunks 2",
+]
+
+
+@pytest.mark.parametrize("sizes", RUNS)
+def test_the_framework_loads_what_revert_writes(
+    framework: Path, family: Family, sizes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = framework / "huggingface_model" / MODELS[family.name]
+    words = sizes.replace("--tp", "--tp_size").replace("--pp", "--pp_size").replace("--wp", "--wp_size")
+    words = words.replace("--chunks", "--num_chunks")
+    parser = revert_parser("revert", family.name, versions=family.name == "internlm")
+    flags = ["--src", str(source), "--tgt", str(tmp_path / "shards"), "--embed_split", *words.split()]
+    assert run_revert(family.name, parser.parse_args(flags)) == 0
+    model = family.cls("ForCausalLM").from_pretrained(source).eval()
+    ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        torch.save({"input_ids": ids, "logits": model(ids).logits}, tmp_path / "logits.pt")
+    run = re.sub(r"--chunks \d", "", sizes).split()
+    logits = [] if "--pp" in sizes or "--tp 2 --wp" in sizes else ["--logits", tmp_path / "logits.pt"]
+    capsys.readouterr()
+    print(in_framework(framework, "load_shards.py", tmp_path / "shards", family.name, *run, *logits).strip())

@@ -1,0 +1,106 @@
+"""What the models do where InternEvo's trainer runs, with a small stand-in of its module in sys.modules.
+
+The framework itself is run by `make internevo`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers.modeling_outputs import ModelOutput
+
+from tests.support.model_families import FAMILIES, Family, tokens
+from tests.support.rounding import assert_near
+
+MARKS = {
+    name: name.lower() for name in ("IS_TENSOR_ZERO_PARALLEL", "IS_TENSOR_DATA_PARALLEL", "IS_REPLICA_ZERO_PARALLEL")
+}
+Start = Callable[..., None]
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Puts the framework, started for a tensor-parallel mode and size, among what is imported."""
+
+    def put(tensor: Any, size: int = 1, started: bool = True) -> None:
+        context = SimpleNamespace(
+            config=SimpleNamespace(parallel={"tensor": tensor}),
+            is_initialized=lambda mode: started and mode == "tensor",
+            get_world_size=lambda mode: {"tensor": size}[mode],
+        )
+        module = SimpleNamespace(global_context=context, ParallelMode=SimpleNamespace(TENSOR="tensor"), **MARKS)
+        monkeypatch.setitem(sys.modules, "internlm.core.context", module)
+
+    return put
+
+
+def marks(parameter: Any) -> list[str]:
+    return [name for name, mark in MARKS.items() if getattr(parameter, mark, False)]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "size", "expected"),
+    [
+        ({"size": 1, "mode": "mtp"}, 1, "IS_TENSOR_ZERO_PARALLEL"),
+        ({"size": 2, "mode": "mtp"}, 2, "IS_REPLICA_ZERO_PARALLEL"),
+        ({"size": 1, "mode": "isp"}, 1, "IS_TENSOR_DATA_PARALLEL"),
+        ({"size": 1}, 1, "IS_TENSOR_ZERO_PARALLEL"),
+        (1, 1, "IS_TENSOR_ZERO_PARALLEL"),  # a number, in the first versions
+    ],
+)
+def test_every_parameter_has_the_mark_of_the_run(
+    family: Family, start: Start, tensor: Any, size: int, expected: str
+) -> None:
+    start(tensor, size)
+    assert {name: marks(each) for name, each in family.model().named_parameters()} == {
+        name: [expected] for name in family.golden.state_dict()
+    }
+
+
+def test_a_loaded_model_is_marked(family: Family, start: Start, tmp_path: Path) -> None:
+    family.model().save_pretrained(tmp_path)
+    start({"size": 1, "mode": "mtp"})
+    loaded = family.cls("ForCausalLM").from_pretrained(tmp_path)
+    assert all(marks(each) == ["IS_TENSOR_ZERO_PARALLEL"] for each in loaded.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_trainer_gets_the_logits_alone_in_a_tuple(family: Family, start: Start, training: bool) -> None:
+    ids = tokens(2, 9)
+    expected = family.model().train(training)(ids).logits
+    start({"size": 1, "mode": "mtp"})
+    model = family.model().train(training)
+    outputs = model(input_ids=ids)
+    assert type(outputs) is tuple
+    (logits,) = outputs
+    assert_near(logits, expected)
+    loss, logits = model(input_ids=ids, labels=ids)
+    assert loss.dim() == 0
+    assert_near(logits, expected)
+
+
+def test_what_asks_for_named_outputs_gets_them(family: Family, start: Start) -> None:
+    ids = tokens(1, 5)
+    expected = family.model().generate(ids, max_new_tokens=4, do_sample=False)
+    start({"size": 1, "mode": "mtp"})
+    model = family.model()
+    assert isinstance(model(ids, return_dict=True), ModelOutput)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_a_framework_that_is_only_imported_changes_nothing(family: Family, start: Start) -> None:
+    start({"size": 1, "mode": "mtp"}, started=False)
+    model = family.model()
+    assert not any(marks(each) for each in model.parameters())
+    assert isinstance(model(tokens(1, 5)), ModelOutput)
