@@ -34,8 +34,12 @@ INPUTS: dict[str, dict[str, Any]] = {
     "ckpt/internlm": {"family": "internlm", "shape": Shape(64, 2, 8, 8), "tp": 2, "pp": 2, "bias": True},
     "ckpt/internlm2": {"family": "internlm2", "shape": Shape(64, 2, 8, 8), "tp": 2, "pp": 2},
     "ckpt/internlm2_chat": {"family": "internlm2", "shape": Shape(64, 1, 8, 8, vocab=CHAT_VOCABULARY)},
+    "ckpt/1000": {"family": "internlm2", "shape": Shape(64, 2, 8, 8, vocab=CHAT_VOCABULARY), "tp": 2, "pp": 2},
 }
 """The checkpoints that the pages name. Eight heads, because they revert to eight shards."""
+
+TYPED = ("Why is the sky blue?", "And at sunset?", "")
+"""What a program that asks is told."""
 
 REPLACED = {
     '"flash_attention_2"': '"sdpa"',  # FlashAttention needs a GPU and a package that is not installed
@@ -244,13 +248,20 @@ def test_every_program_of_the_pages_runs(
         text = text.replace(old, new)
     monkeypatch.chdir(workplace.inside)
     monkeypatch.syspath_prepend(str(workplace.holder))
-    names: dict[str, Any] = {"__name__": "__main__", "model_initializer": Registry()}
+    answers = iter(TYPED)
+    names: dict[str, Any] = {
+        "__name__": "__main__",
+        "model_initializer": Registry(),
+        "input": lambda prompt: next(answers),
+    }
     if text.startswith("from ."):
         names["__name__"] = names["__package__"] = f"{HELD_AS}.internlm_model"
     with imported_modules_forgotten(HELD_AS):
         exec(compile(text, program.where, "exec"), names)
     if "from_pretrained" in text:
         check_loaded(text, names["model"])
+    if "input(" in text:
+        assert [query for query, _ in names["history"]] == [query for query in TYPED if query]
     if "register_module" in text:
         assert list(names["model_initializer"].modules) == ["INTERNLM_FROM_HF"]
     if "hf_model_conf_map" in text:
