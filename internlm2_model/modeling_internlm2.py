@@ -45,6 +45,7 @@ from .compat_internlm2 import (
     is_paged,
     is_prepared,
     mark_for_internevo,
+    mask_for_generate,
     prepares_inputs,
     refuse_unknown,
     update_cache,
@@ -587,6 +588,10 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # PEFT looks for the cache under the name of earlier versions.
         return with_our_cache_name(cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs))
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        # generate() asks the model first.
+        return mask_for_generate(kwargs)
 
     @in_our_words
     def forward(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    StaticCache,
+    masking_utils,
 )
 
+from internlm2_model.compat_internlm2 import CACHE_NAME
 from tests.support.model_families import FAMILIES, Family, checkpoint_activations, tokens
 from tests.support.rounding import assert_near, decided
 
@@ -115,8 +121,6 @@ def test_forward_compiles_as_one_graph(family: Family, rope: str, backend: str) 
 @over_ropes
 @torch.no_grad()
 def test_static_cache_decoding_compiles_as_one_graph(family: Family, rope: str) -> None:
-    from transformers import StaticCache
-
     torch.compiler.reset()
     model = family.model(rope, attn_implementation="sdpa")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -244,3 +248,53 @@ def test_checkpointing_refuses_a_filled_cache_and_makes_none(family: Family) -> 
     assert [tuple(output.shape) for output in outputs] == [(), (1, 8, model.config.vocab_size)]
     with pytest.raises(ValueError, match="runs layers twice"):
         model(ids, past_key_values=cache)
+
+
+def slots_seen(mask: torch.Tensor) -> torch.Tensor:
+    """Which slots of the cache a prepared mask [B, 1, T, S], boolean or additive, lets a token see."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+@over_families
+@over_backends
+def test_masks_for_a_static_cache_show_what_those_of_transformers_show(family: Family, backend: str) -> None:
+    """Before every pass of generate(): ours for one token, theirs for more."""
+    model = family.model("origin", attn_implementation=backend)
+    own, shapes = type(model).create_masks_for_generate, []
+
+    def compared(self: Any, **arguments: Any) -> Any:
+        found, theirs = own(self, **arguments), masking_utils.create_masks_for_generate(**arguments)
+        shapes.append(tuple(found.shape))
+        assert torch.equal(slots_seen(found), slots_seen(theirs).expand_as(found))
+        return found
+
+    padding = (torch.arange(7) >= torch.tensor([[0], [2], [5]])).long()
+    settings = {"attention_mask": padding, "cache_implementation": "static", "disable_compile": True}
+    with patch.object(type(model), "create_masks_for_generate", compared):
+        model.generate(tokens(3, 7), max_new_tokens=4, min_new_tokens=4, do_sample=False, **settings)
+    slots = shapes[0][-1]
+    assert shapes == [(3, 1, 7, slots), *[(3, 1, 1, slots)] * 3]
+
+
+@over_families
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_masks_of_other_backends_and_caches_are_left_to_transformers(family: Family, cache: str) -> None:
+    backend = "sdpa" if cache == "dynamic" else "flex_attention"
+    model = family.model("origin", attn_implementation=backend)
+    arguments = {
+        "config": model.config,
+        "attention_mask": torch.ones(1, 3, dtype=torch.long),
+        "inputs_embeds": torch.empty(1, 1, 0),
+        CACHE_NAME: DynamicCache() if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=8),
+    }
+    compat = sys.modules[type(model).__module__.replace("modeling", "compat")]
+    with patch.object(compat, "create_masks_for_generate", lambda **given: given):
+        assert model.create_masks_for_generate(**arguments) == arguments
+
+
+@over_families
+def test_parameters_of_forward_are_found_as_written(family: Family) -> None:
+    """generate() looks at them at every step, through the wrapper of forward."""
+    forward = type(family.model()).forward
+    assert inspect.signature(forward) is forward.__signature__
+    assert forward.__signature__ == inspect.signature(inspect.unwrap(forward))

@@ -29,6 +29,7 @@ INTERNAL = (
     ("distributed", "DistributedConfig"),
     ("integrations.tensor_parallel", "ALL_PARALLEL_STYLES"),
     ("masking_utils", "create_causal_mask"),
+    ("masking_utils", "create_masks_for_generate"),
     ("modeling_layers", "GradientCheckpointingLayer"),
     ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
     ("utils.generic", "can_return_tuple"),
