@@ -5,16 +5,22 @@ What flows through, for either direction:
     folder --reader--> StoredTensors --Table--> Moves --copy engine--> files laid out by a writer --publish--> folder
 
     folders/    internevo_folder   which shards there are, pipeline stages renumbered, model_config.pt
+                grid, numbering    which file belongs to which ranks; how stages number their layers
                 hf_folder          index, shards, config.json and the small files beside them
+                model_folder       what --force may replace
     files/      torch_file         one .pt / .bin file          safetensors_file   one .safetensors file
-                views              tensors as places in files, and windows on them
-                copying            moves bytes between files in blocks; knows neither names nor formats
-                open_files         reads and writes for several threads, and the disk at work meanwhile
+                plain_pickle       the pickle in a .pt file, of which nothing is run
+                checksums          of the records in it
+                views, dtypes      tensors as places in files, windows on them, and the types of their elements
+                copying, casting   moves bytes between files in blocks, and casts them; knows no names and no formats
+                open_files, kinds  reads and writes for several threads, the disk at work meanwhile; no devices or FIFOs
     mapping/    table, rules       which tensor becomes which, and how its parts lie in it
+                internlm, internlm2, llama     the rows of each; families lists what can be converted
+                family, form       what a family is, and what each of its Hugging Face folders is
                 matching           the tensors found, set against the table
-                family             what a family is: internlm and internlm2, their table and configuration, both ways
+                hf_settings        config.json in the words of training
     tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,
-                                   tokenizer_json makes the fast form
+                                   tokenizer_json makes the fast form, chat_templates the template
     running/    convert, revert    the two directions, as the scripts call them
                 publishing         a hidden folder beside the target that becomes the target when it is complete
                 reporting          progress, warnings and the last line

@@ -91,6 +91,12 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
+def target(page: Path, link: str) -> tuple[Path, str]:
+    """The file and the anchor that an internal link of a page leads to."""
+    name, _, anchor = link.partition("#")
+    return (page.parent / name).resolve() if name else page, anchor
+
+
 def commands(page: Path) -> list[str]:
     """The lines of the page's bash blocks, continued ones joined, comments dropped."""
     lines = (

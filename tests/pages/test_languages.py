@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.pages.pages import (
-    ENGLISH,
     ENGLISH_ONLY,
     PAGES,
     PAIRS,
@@ -25,6 +23,7 @@ from tests.pages.pages import (
     links,
     name_of,
     prose,
+    target,
 )
 
 over_pairs = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=[page.name for page, _ in PAIRS])
@@ -73,30 +72,6 @@ def outline(page: Path) -> list[tuple[str, Any]]:
     return found
 
 
-RESULTS = (*(REPOSITORY / "benchmarks").glob("*.md"), *(REPOSITORY / "tests" / "versions").glob("*.md"))
-LINKING = sorted({*PAGES, *REPOSITORY.glob("*.md"), *RESULTS})
-
-
-@pytest.mark.parametrize("page", LINKING, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
-    for link in links(page):
-        if not link.startswith("https://"):
-            file, anchor = target(page, link)
-            assert file.is_file(), link
-            assert not anchor or anchor in anchors(file), link
-
-
-@pytest.mark.parametrize("page", sorted(RESULTS), ids=name_of)
-def test_results_lie_beside_what_made_them(page: Path) -> None:
-    assert page.with_suffix(".py").is_file()
-
-
-def target(page: Path, link: str) -> tuple[Path, str]:
-    """The file and the anchor that an internal link of a page leads to."""
-    name, _, anchor = link.partition("#")
-    return (page.parent / name).resolve() if name else page, anchor
-
-
 @over_pairs
 def test_both_languages_link_to_the_same_places_and_to_each_other(english: Path, chinese: Path) -> None:
     """A link to a page leads to it in the language of the page that it stands on, and to the same heading."""
@@ -119,27 +94,3 @@ def translated(page: Path, link: str) -> tuple[Any, int | None]:
     """Where the translation of a page must link to."""
     found, heading = place(page, link)
     return dict(PAIRS).get(found, found), heading
-
-
-def test_every_page_is_linked_to() -> None:
-    """Each page is found from README.md, over links."""
-    reached, left = {README}, [README]
-    while left:
-        page = left.pop()
-        for link in links(page):
-            file, _ = target(page, link)
-            if file in ENGLISH and file not in reached:
-                reached.add(file)
-                left.append(file)
-    assert reached == set(ENGLISH)
-
-
-def test_the_tree_shows_the_folder() -> None:
-    """The drawing in docs/contributing.md names everything that lies at the top."""
-    (drawn,) = (block.text for block in blocks(REPOSITORY / "docs" / "contributing.md") if block.language == "text")
-    shown = {line.split()[1].rstrip("/") for line in drawn.splitlines() if line.startswith(("├", "└"))}
-    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("needs the repository's own list of files")
-    present = {path.split("/")[0] for path in listed.stdout.split() if "/" in path or path.endswith(".py")}
-    assert shown == {name for name in present if not name.startswith(".")}
