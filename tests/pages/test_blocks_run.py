@@ -193,6 +193,14 @@ def test_commands_in_the_text_are_there(page: Path) -> None:
     assert all((REPOSITORY / name).is_file() for name in re.findall(r"python (\S+\.py)", prose(page)))
 
 
+def test_every_make_target_is_explained() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    explained = set(
+        re.findall(r"`make ([\w-]+)`", (REPOSITORY / "docs" / "contributing.md").read_text(encoding="utf-8"))
+    )
+    assert explained == set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+
+
 # ---------------------------------------------------------------------------------------------------------- programs
 
 
