@@ -246,6 +246,9 @@ class InternLM2Config(PretrainedConfig):
         self._rope = _merged_rope(DEFAULT_ROPE, statements)
         self.rope()
         self._stored_attn_implementation = attn_implementation or "eager"
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = kwargs[name].removeprefix("torch.")  # InternEvo's configurations have it
         kwargs.update(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

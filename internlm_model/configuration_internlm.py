@@ -260,6 +260,9 @@ class InternLMConfig(PretrainedConfig):
         self._unstated_factor = rotary is not None and "scaling_factor" not in rotary
         self.rope()
         self._stored_attn_implementation = attn_implementation or "eager"
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = kwargs[name].removeprefix("torch.")  # InternEvo's configurations have it
         kwargs.update(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

@@ -48,16 +48,15 @@ MODELS = {"internlm": "internlm-7b", "internlm2": "internlm2-7b"}
 
 
 def page() -> str:
-    """The section of the page, from its heading to the next of the same level."""
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
-        found = re.search(rf"^(#+) {HEADING}$\n(.*?)(?=^\1 |\Z)", path.read_text(encoding="utf-8"), re.M | re.S)
-        if found:
-            return found[2]
-    raise AssertionError(f"no page has the heading {HEADING!r}")
+    """The section of README.md, and the page that continues it."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {HEADING}$\n(.*?)^## ", readme, re.M | re.S)
+    assert section is not None
+    return section[1] + (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 
 
-def blocks() -> Iterator[tuple[str, str]]:
-    """(file, text) of the section's Python blocks: a block goes into the file that is named last before it."""
+def added_blocks() -> Iterator[tuple[str, str]]:
+    """(file, text) of the Python blocks: a block goes into the file that is named last before it."""
     text = page()
     for fence in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
         yield re.findall(r"`([\w/.-]+\.py)`", text[: fence.start()])[-1], fence[1]
@@ -73,7 +72,7 @@ def framework(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("internlm_model", "internlm2_model"):
         shutil.copytree(REPOSITORY / package, folder / "huggingface_model" / package)
     (folder / "configs").mkdir()
-    for name, text in blocks():
+    for name, text in added_blocks():
         path = folder / name
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         path.write_text(f"{before}\n\n{text}", encoding="utf-8")
@@ -89,7 +88,8 @@ def framework(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_model(family: Family, folder: Path) -> None:
     """What step 1 downloads: a small random model in the place of the published one."""
     torch.manual_seed(0)
-    model = family.cls("ForCausalLM")(family.cls("Config")(**SHAPE, **SETTINGS[family.name]))
+    config = family.cls("Config")(**SHAPE, **SETTINGS[family.name], initializer_range=0.15)  # logits of about 1
+    model = family.cls("ForCausalLM")(config)
     for name, parameter in model.named_parameters():  # fresh ones are 1 and 0, which would hide a mistake
         if name.endswith(("norm.weight", "bias")):
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
@@ -202,6 +202,24 @@ def test_ranks_train_alike(
     flags = ("--dtype", "float32", "--config", config)
     assert convert(family, together.folder, tmp_path / "hf", tokenizer, *flags) == 0
     check_converted(together.folder, tmp_path / "hf", family)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_frameworks_modules_take_the_places_of_ours(
+    framework: Path, family: Family, ranks: int, tokenizer: Path, tmp_path: Path
+) -> None:
+    """As InternEvo does since autumn 2024, in isp: the same training, and weights that are cut over the ranks."""
+    ours = trained(framework, family, tmp_path / "ours", "--mode", "isp")
+    flags = ("--mode", "isp", "--wp", ranks, "--processes", ranks, "--replaced")
+    theirs = trained(framework, family, tmp_path / "theirs", *flags)
+    assert theirs.losses == pytest.approx(ours.losses, abs=1e-3)
+    for name, run in (("a", ours), ("b", theirs)):
+        more = ("--dtype", "float32", "--config", str(run.folder / "class"))
+        assert convert(family, run.folder, tmp_path / name, tokenizer, *more) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    far = {name for name in first if not torch.allclose(first[name], second[name], atol=1e-3)}
+    assert not far
 
 
 # --------------------------------------------------------------------------------------------- what revert writes

@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--wp", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--replaced", action="store_true", help="put the framework's modules into the model")
     parser.add_argument("--default_shape", type=json.loads, default={}, help="in the place of the class's defaults")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,6 +152,10 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
     config = context.config
     shrink(config.model_type, arguments.default_shape)
+    folder = Path(config.ckpt.load_ckpt_info["path"])
+    if arguments.replaced:
+        config.ckpt.load_ckpt_info = None
+        replace_modules(folder)
     model = initialize_model()
     communicator = initialize_parallel_communicator(model)
     optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(model, communicator)
@@ -162,9 +167,9 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         train_dl=None,
         model_config=config.model,
     )
-    folder = config.ckpt.load_ckpt_info["path"]
     manager.try_resume_training(TrainState(config, None))
-    check_loaded(model.model, Path(folder))
+    if not arguments.replaced:
+        check_loaded(model.model, folder)
     trainer, _, _, _ = initialize_trainer(
         model=model,
         optimizer=optimizer,
@@ -176,10 +181,11 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     said = {**steps(trainer, arguments), "evaluated": evaluated(trainer)}
     arguments.target.mkdir(parents=True, exist_ok=True)
     save_model_checkpoint(f"local:{arguments.target}", model.model)
+    logits = evaluation_logits(model.model)
     if context.get_global_rank() == 0:
         llm_save(f"local:{arguments.target}/model_config.pt", saved_obj=config.model)
         model.model.config.save_pretrained(arguments.target / "class")
-        torch.save(evaluation_logits(model.model), arguments.target / "class" / "logits.pt")
+        torch.save(logits, arguments.target / "class" / "logits.pt")
     dist.barrier()
     return said
 
@@ -196,6 +202,58 @@ def shrink(model_type: str, shape: dict[str, Any]) -> None:
     build = getattr(__import__(module, fromlist=[name]), name).__init__
     parameters = [each for each in inspect.signature(build).parameters.values() if each.default is not each.empty]
     build.__defaults__ = tuple(shape.get(each.name, each.default) for each in parameters)
+
+
+def replace_modules(folder: Path) -> None:
+    """Does what InternEvo does since autumn 2024: its own modules take the places of others, by their class names.
+
+    Of a linear layer each weight-parallel rank holds some of the rows. Weights are those of the folder.
+    """
+    from internlm.core.context import ParallelMode
+    from internlm.core.context import global_context as context
+    from internlm.model.modules.embedding import Embedding1D
+    from internlm.model.modules.linear import new_linear
+    from internlm.model.modules.norm import new_layer_norm
+    from internlm.train import pipeline
+
+    build, (ranks, rank) = (
+        pipeline.create_model,
+        (
+            context.get_world_size(ParallelMode.WEIGHT),
+            context.get_local_rank(ParallelMode.WEIGHT),
+        ),
+    )
+
+    def replacement(name: str, module: torch.nn.Module) -> torch.nn.Module | None:
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            return new_layer_norm("rmsnorm", tuple(module.weight.shape), eps=module.variance_epsilon)
+        if kind == "Embedding":
+            return Embedding1D(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
+        if kind == "Linear":
+            role = "head" if name in ("lm_head", "output") else "column"
+            bias = module.bias is not None
+            return new_linear(name, module.in_features, module.out_features, bias, manual_select_class=role)
+        return None
+
+    def create_model(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        from internlm.checkpoint.load_funcs import LOAD_FUNC_DICT
+
+        model = build(*args, **kwargs)
+        LOAD_FUNC_DICT["hf_model"](str(folder), model)
+        for name, module in list(model.named_modules()):
+            new = replacement(name, module)
+            if new is None:
+                continue
+            for of, parameter in new.named_parameters():
+                whole = module.get_parameter(of)
+                cut = whole if parameter.shape == whole.shape else whole.chunk(ranks)[rank]
+                parameter.data = cut.detach().clone()
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
+        return model
+
+    pipeline.create_model = create_model
 
 
 def check_loaded(model: torch.nn.Module, folder: Path) -> None:

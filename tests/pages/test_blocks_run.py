@@ -55,6 +55,9 @@ CHECKED_ONLY = {
 }
 """Commands that are not run, and what is looked at instead."""
 
+FOR_THE_FRAMEWORK = REPOSITORY / "docs" / "training.md"
+"""Its Python blocks belong into the files of the training framework, where `make internevo` runs them."""
+
 COMMANDS = [command for page in ENGLISH for command in commands(page)]
 RUN = [command for command in COMMANDS if shlex.split(command)[0] == "python"]
 
@@ -214,7 +217,7 @@ class Program:
 
 def programs(page: Path) -> Iterator[Program]:
     for block in blocks(page):
-        if block.language == "python":
+        if block.language == "python" and page != FOR_THE_FRAMEWORK:
             yield from (Program(f"{block}{which}", text) for which, text in choices(block.text))
 
 

@@ -104,3 +104,36 @@ def test_a_framework_that_is_only_imported_changes_nothing(family: Family, start
     model = family.model()
     assert not any(marks(each) for each in model.parameters())
     assert isinstance(model(tokens(1, 5)), ModelOutput)
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "bfloat16", torch.bfloat16], ids=str)
+def test_the_later_builder_hands_on_its_extra_arguments(family: Family, start: Start, dtype: Any) -> None:
+    """InternEvo since autumn 2024: `cfg_extra_kwargs` of its training configuration, and a model without weights."""
+    start({"size": 1, "mode": "isp"})
+    heads = {"num_key_value_heads": 2} if family.name == "internlm2" else {}
+    config = family.cls("Config")(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="silu",
+        max_position_embeddings=4096,
+        initializer_range=0.02,
+        rms_norm_eps=1e-5,
+        use_cache=False,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+        bias=False,
+        rope_theta=1000000,
+        rope_scaling=None,
+        attn_implementation="sdpa",
+        dtype=dtype,
+        return_dict=False,
+        **heads,
+    )
+    assert (config.dtype, config.rope_theta, config.pad_token_id) == (torch.bfloat16, 1000000, None)
+    with torch.device("meta"):
+        model = family.cls("ForCausalLM")(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert config.to_dict()["torch_dtype"] in ("bfloat16", torch.bfloat16)
