@@ -1,7 +1,7 @@
 """Tokens per second of InternLM2's tokenizers, beside transformers' Llama tokenizer over the same SentencePiece model.
 
-    PYTHONPATH=. python benchmarks/tokenizer_speed.py tokenizer.model [megabytes]
-    PYTHONPATH=.:.compat/4.57.6 python benchmarks/tokenizer_speed.py tokenizer.model
+    python benchmarks/tokenizer_speed.py tokenizer.model [megabytes]
+    PYTHONPATH=.compat/4.57.6 python benchmarks/tokenizer_speed.py tokenizer.model
 
 The text is generated: English and Chinese sentences, code, numbers and emoji, in documents of a few kilobytes. The
 documents are encoded one by one, in one thread; a figure is the median of the runs, with the slowest and the fastest,
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import transformers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast

@@ -55,8 +55,8 @@ def definitions(text: str) -> dict[str, list[str]]:
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef):
             for member in node.body:
-                named = isinstance(member, ast.FunctionDef)
-                take(f"{node.name}.{member.name}" if named else node.name, member.end_lineno or 0)
+                name = f"{node.name}.{member.name}" if isinstance(member, ast.FunctionDef) else node.name
+                take(name, member.end_lineno or 0)
         else:
             take(node.name if isinstance(node, ast.FunctionDef) else "", node.end_lineno or 0)
     take("", len(lines))
