@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-kernels kernels-ci floor newest-torch lint compat compat-ci compat-environments newest llama-cpp internevo tokenizer-versions peer-tests
+.PHONY: demo test test-kernels kernels-ci floor newest-torch lint consumers compat compat-ci compat-environments newest llama-cpp internevo tokenizer-versions peer-tests
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -80,6 +80,11 @@ newest: $(READY)
 # The real tokenizers on every version, loaded in every way: tests/versions/tokenizer_versions.md.
 tokenizer-versions: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/tokenizer_versions.py
+
+# Converted folders in other tools, each in an environment of its own (.compat/consumers/): tests/consumers/consumers.md.
+# TOOLS="vllm llama-cpp" tries these alone. Disk and minutes of each are in that page.
+consumers: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/consumers/consumers.py $(TOOLS)
 
 # llama.cpp on converted folders. Built from source the first time, in about six minutes of processor time.
 LLAMA_CPP := .compat/llama_cpp

@@ -202,8 +202,9 @@ def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
 def _warn(form: Form, request: ConvertRequest, source: _Source, reporter: Reporter) -> None:
     if source.has_bias and form.model_type == "internlm2":
         reporter.warn(
-            "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch) and mlx-lm use them; vLLM and "
-            "SGLang drop the biases of InternLM2 silently and answer wrongly. They keep those of --format llama."
+            "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch), mlx-lm and vLLM with this "
+            "project's plugin use them; SGLang, and vLLM without the plugin, drop the biases of InternLM2 silently and "
+            "answer wrongly. They keep those of --format llama."
         )
     if source.normalizes_head and request.norm_head is None:
         reporter.warn(

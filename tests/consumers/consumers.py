@@ -1,0 +1,218 @@
+"""Try converted folders in other tools, each in an environment of its own, and tell what came out.
+
+    make consumers                          # all tools; writes tests/consumers/consumers.md
+    make consumers TOOLS="vllm llama-cpp"   # some of them; the others keep their rows
+
+Exit status 1 if something is wrong that tools.toml does not list under limits, or right that it lists. What the tools
+printed is in .build/consumers/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from tests.consumers.compare import Result, compare
+from tests.consumers.environments import Tool, Way, make, tools
+from tests.consumers.folders import CASES, FAMILIES, FORMATS, KINDS, REPOSITORY, Case, convert
+from tests.consumers.ours import answers, questions
+
+REPORT = Path(__file__).with_name("consumers.md")
+RECORD = REPORT.with_suffix(".json")
+SCRATCH = REPOSITORY / ".build" / "consumers"
+HERE = Path(__file__).resolve().parent
+PATIENCE = 900  # seconds for one folder
+
+INTRODUCTION = """# Converted folders in other tools
+
+Made by `make consumers` on a CPU: small models of random weights in float32, converted by the scripts, loaded by each
+tool in an environment of its own, and compared with this project's model and tokenizer. A cell says what was compared:
+differences of logits, log-probabilities, embeddings or losses relative to their size (right below 5e-5), greedy tokens
+(16 of each of three prompts, asked for at once), texts encoded to the same ids, the prompt of a conversation, the text
+of an answer (completion), and the ids that end an answer. "no" has the number of its reason below the table.
+
+Kinds of folders: plain (rotary embedding as trained, no biases, the published tokenizer), biases, dynamic (dynamic NTK
+scaling, prompts beyond max_position_embeddings), chat (`--chat`, the published tokenizer).
+"""
+
+
+def main() -> int:
+    known = tools()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("tools", nargs="*", help=f"of {', '.join(known)} (default: all)")
+    parser.add_argument("--way", help="this way only; what is known of the others stays")
+    parser.add_argument("--folder", help="this folder only, such as internlm2-remote-plain; likewise")
+    parser.add_argument("--folders", type=Path, help="make the folders here if they are absent, and keep them")
+    arguments = parser.parse_args()
+    chosen = arguments.tools or list(known)
+    for name in chosen:
+        if name not in known:
+            parser.error(f"there is no tool {name!r}; the tools are {', '.join(known)}")
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    failures = []
+    with tempfile.TemporaryDirectory(dir=SCRATCH, prefix="folders-") as scratch:
+        folders = (arguments.folders or Path(scratch)).resolve()
+        convert(folders, [case for case in CASES if not (folders / case.name).exists()])
+        expected = {(case.family, case.kind): _expected(folders, case) for case in CASES}
+        for tool in (known[name] for name in chosen):
+            if not tool.read:
+                tried = _try(tool, folders, expected, _record().get(tool.name, {}), arguments)
+                failures += _failures(tool, tried["cells"])
+                record = {**_record(), tool.name: tried}
+                RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    REPORT.write_text(render(known, _record()), encoding="utf-8")
+    print(REPORT.read_text(encoding="utf-8"))
+    print(*(f"FAILED {failure}" for failure in failures), sep="\n", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _record() -> dict[str, Any]:
+    """What is known of every tool, from this run and earlier ones."""
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+
+
+def _expected(folders: Path, case: Case) -> dict[str, Any]:
+    """Ours, whatever the format: from the remote-code folder."""
+    return answers(folders / Case(case.family, FORMATS[0], case.kind).name)
+
+
+def _try(
+    tool: Tool,
+    folders: Path,
+    expected: Mapping[tuple[str, str], dict[str, Any]],
+    before: Mapping[str, Any],
+    only: argparse.Namespace,
+) -> dict[str, Any]:
+    """What came of every folder in every way, by the names of way and folder, and the versions that ran."""
+    made = make(tool)
+    partly = bool(only.way or only.folder)
+    start, cells = time.monotonic(), dict(before["cells"]) if partly else {}
+    for way in tool.ways:
+        for case in way.cases():
+            if only.way not in (None, way.name) or only.folder not in (None, case.name):
+                continue
+            found = _ask(tool, way, case, folders / case.name)
+            result = compare(found, expected[case.family, case.kind])
+            cells[f"{way.name} | {case.name}"] = result.as_json()
+            print(f"{tool.title}, {way.name}, {case}: {result.wrong or 'right'} {result.agreed}", flush=True)
+    return made | {
+        "tried_minutes": before["tried_minutes"] if partly else round((time.monotonic() - start) / 60, 1),
+        "ours": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        "cells": cells,
+    }
+
+
+def _ask(tool: Tool, way: Way, case: Case, folder: Path) -> dict[str, Any]:
+    """The tool's answers, {"error": ...} where it ends without any."""
+    stem = SCRATCH / f"{tool.name}-{way.name.replace(' ', '-')}-{case.name}"
+    asked, target, log = stem.with_suffix(".questions"), stem.with_suffix(".answers"), stem.with_suffix(".log")
+    asked.write_text(json.dumps(questions(folder, way.name).__dict__), encoding="utf-8")
+    target.unlink(missing_ok=True)
+    command = [tool.python, HERE / "protocol.py", HERE / "tools" / tool.program, asked, target]
+    variables = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": "",
+        **way.environment,
+        "HF_MODULES_CACHE": str(SCRATCH / "modules"),
+    }
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            status = subprocess.run(
+                [*map(str, command)], env=variables, stdout=stream, stderr=stream, timeout=PATIENCE, cwd=SCRATCH
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"error": f"no answer in {PATIENCE} seconds; see {log.name}"}
+    if not target.is_file():
+        return {"error": f"ended with status {status}; see {log.name}"}
+    found = json.loads(target.read_text(encoding="utf-8"))
+    with np.load(target.with_suffix(".npz")) as arrays:
+        return {**{name: arrays[name] for name in arrays.files}, **found}
+
+
+def _failures(tool: Tool, cells: Mapping[str, Any]) -> list[str]:
+    """What was not to be expected, a sentence each."""
+    failures = []
+    for way in tool.ways:
+        for case in way.cases():
+            wrong, why = cells[f"{way.name} | {case.name}"]["wrong"], tool.why(way.name, case)
+            if wrong and not why:
+                failures.append(f"{tool.title}, {way.name}, {case}: {wrong}")
+            if why and not wrong:
+                failures.append(f"{tool.title}, {way.name}, {case}: right, though tools.toml has a limit. Remove it.")
+    return failures
+
+
+def render(known: Mapping[str, Tool], record: Mapping[str, Any]) -> str:
+    """The report: a table for each tool, and the reasons of each "no"."""
+    parts = [INTRODUCTION]
+    for tool in known.values():
+        parts.append(f"## {tool.title}\n")
+        if tool.read:
+            parts.append(f"Read, not run: {tool.read}\n")
+        elif tool.name in record:
+            parts.append(_section(tool, record[tool.name]))
+        else:
+            parts.append(f"Not run yet: `make consumers TOOLS={tool.name}`.\n")
+    return "\n".join(parts)
+
+
+def _section(tool: Tool, tried: Mapping[str, Any]) -> str:
+    versions = ", ".join((*tool.requirements, *tool.then))
+    lines = [
+        f"{versions}; ours: {tried['ours']}. Environment: {tried['megabytes'] / 1000:.1f} GB, "
+        f"{tried['minutes']} minutes to make; {tried['tried_minutes']} minutes to try.\n",
+        f"| loaded | folder | {' | '.join(KINDS)} |",
+        f"| --- | --- |{' --- |' * len(KINDS)}",
+    ]
+    reasons: list[str] = []
+    for way in tool.ways:
+        for family, title in FAMILIES.items():
+            for format in FORMATS:
+                cases = {case.kind: case for case in way.cases() if (case.family, case.format) == (family, format)}
+                if cases:
+                    cells = [_cell(tool, way, cases.get(kind), tried, reasons) for kind in KINDS]
+                    lines.append(f"| {way.name} | {title}, {format} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"[{number}] {reason}\n" for number, reason in enumerate(reasons, 1))])
+
+
+def _cell(tool: Tool, way: Way, case: Case | None, tried: Mapping[str, Any], reasons: list[str]) -> str:
+    if case is None:
+        return ""
+    cell = tried["cells"].get(f"{way.name} | {case.name}")
+    if cell is None:
+        return "not run"
+    result = Result(**cell)
+    if not result.wrong:
+        return ", ".join(f"{WORDS.get(name, name)} {text}" for name, text in result.agreed.items())
+    why = tool.why(way.name, case) or result.wrong
+    if why not in reasons:
+        reasons.append(why)
+    return f"no [{reasons.index(why) + 1}]"
+
+
+WORDS = {
+    "scores": "log-probabilities",
+    "likelihood": "log-likelihood",
+    "assistant_loss": "loss of the answer",
+    "ends": "end",
+    "tokens": "texts",
+    "chat": "prompt",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
