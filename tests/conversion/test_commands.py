@@ -55,8 +55,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if int(setuptools.split(".")[0]) < 77:
         pytest.skip("pip would fetch the setuptools that builds the package from the package index")
     copy, target = (tmp_path_factory.mktemp(name) for name in ("copy", "installed"))
-    packages = ("internlm_model", "internlm2_model", "weight_conversion")
-    for name in packages:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    for name in {package.split(".")[0] for package in project["tool"]["setuptools"]["packages"]}:
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (*(f"{script}.py" for script in SCRIPTS), "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy)
