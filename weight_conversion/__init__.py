@@ -22,6 +22,7 @@ What flows through, for either direction:
     tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,
                                    tokenizer_json makes the fast form, chat_templates the template
     running/    convert, revert    the two directions, as the scripts call them
+                understanding      a training checkpoint as its family reads it, for both
                 publishing         a hidden folder beside the target that becomes the target when it is complete
                 reporting          progress, warnings and the last line
     command_line                   the flags of the four scripts, and their exit status

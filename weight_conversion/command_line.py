@@ -179,11 +179,11 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
 def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
     """The parser of a revert script. `versions`: MLP generations to choose from."""
     parser = Parser(
-        f"Revert an {family} Hugging Face folder to a checkpoint that the InternEvo training framework loads.",
+        f"Revert an {family} Hugging Face folder, or shards of another layout, to a checkpoint that InternEvo loads.",
         f"python {script} --src hf_{family.lower()} --tgt ckpt_tp8 --tp_size 8 --embed_split --use_flash",
     )
     add = parser.add_argument
-    add("--src", type=file_name, required=True, help="Hugging Face folder")
+    add("--src", type=file_name, required=True, help="Hugging Face folder, or folder with InternEvo shards")
     add("--tgt", type=file_name, required=True, help="folder to write the shards to")
     add("--tp_size", type=positive, required=True, help="tensor-parallel size: number of shards")
     add("--pp_size", type=positive, default=1, help="pipeline size: stages that share the layers")

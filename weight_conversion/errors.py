@@ -14,6 +14,10 @@ class ConversionError(Exception):
     """A sentence for the user: which file and tensor, what was found, what was expected, what to do."""
 
 
+class UndecidedError(ConversionError):
+    """A checkpoint does not tell something that the user has to say."""
+
+
 class naming:  # noqa: N801 - a context manager, used as a word
     """Puts the path into an OSError of an open file, which knows only a number."""
 

@@ -4,6 +4,7 @@ A Move pairs the windows of one full tensor with windows of parts. It runs in ei
 
     gather    parts --read--> scratch --strided copy, cast--> block --write--> full      (converting)
     scatter   full  --read--> block --strided copy--> scratch --write--> parts           (reverting)
+              A full tensor that lies in no file is gathered, block by block, where it would be read.
 
     A block is a run of whole rows of the full tensor that fits the processor's cache, so memory stays constant and
     every byte is read once and written once. Where a part lies in the full tensor in one piece, of the same type, it
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -59,12 +60,14 @@ class Move:
     Where the types of part and full tensor differ, gathering casts. `transform` changes rows [n, ...] of the gathered
     tensor, in float32, before they are cast to the type that is written. Scattering does neither.
     With `back`, `full` is a rank's tensor and the windows are of full ones: reverting gathers it.
+    With `source`, `full` lies in no file: it is what the move `source` would gather.
     """
 
     full: StoredTensor
     pairs: tuple[Pair, ...]
     transform: Transform | None = None
     back: bool = False
+    source: Move | None = None
 
     def __post_init__(self) -> None:
         covered = sum(math.prod(window.shape) for window, _ in self.pairs)
@@ -445,10 +448,8 @@ def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
             for offset, written, _ in _gathered_blocks(worker, move):
                 checksum.add(offset, written)
             continue
-        full, runs = move.full, [_as_run(pair) for pair in move.pairs]
-        for begin, end in _blocks(move, full.dtype):
-            block = worker.block.take(end - begin, full.dtype)
-            worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, block.bytes)
+        runs = [_as_run(pair) for pair in move.pairs]
+        for begin, end, block in _full_blocks(worker, move):
             for run in runs:
                 for piece in run.within(begin, end):
                     worker.write_part(piece, block, begin, checksums.setdefault(run.tensor, _Checksum()))
@@ -457,11 +458,26 @@ def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
     return checksums
 
 
+def _full_blocks(worker: _Worker, move: Move) -> Iterator[tuple[int, int, _Block]]:
+    """The blocks of a full tensor: read, or gathered where it lies in no file."""
+    full, source = move.full, move.source
+    runs = [] if source is None else [_as_run(pair) for pair in source.pairs]
+    for begin, end in _blocks(move, full.dtype):
+        if source is not None:
+            yield begin, end, worker.gathered(source, runs, begin, end)[0]
+            continue
+        block = worker.block.take(end - begin, full.dtype)
+        worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, block.bytes)
+        yield begin, end, block
+
+
 def _differing(worker: _Worker, task: Task) -> list[Move]:
     return [move for move in task if not _holds_its_parts(worker, move)]
 
 
 def _holds_its_parts(worker: _Worker, move: Move) -> bool:
+    if move.source is not None:
+        return _parts_hold(worker, move)
     full, runs = move.full, [_as_run(pair) for pair in move.pairs]
     for begin, end in _blocks(move, runs[0].tensor.dtype):
         expected, _ = worker.gathered(move, runs, begin, end)
@@ -469,5 +485,18 @@ def _holds_its_parts(worker: _Worker, move: Move) -> bool:
         worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, found.bytes)
         worker.advance(len(found.bytes))
         if not np.array_equal(found.elements, expected.elements):  # as bits: NaN equals itself
+            return False
+    return True
+
+
+def _parts_hold(worker: _Worker, move: Move) -> bool:
+    """Whether the parts hold a full tensor that lies in no file."""
+    runs = [_as_run(pair) for pair in move.pairs]
+    for begin, end, block in _full_blocks(worker, move):
+        kept = worker.uncast.take(end - begin, move.full.dtype)
+        np.copyto(kept.elements, block.elements)
+        found, _ = worker.gathered(replace(move, source=None), runs, begin, end)
+        worker.advance(len(kept.bytes))
+        if not np.array_equal(found.elements, kept.elements):
             return False
     return True

@@ -112,6 +112,12 @@ def grid_of(names: FileNames, tp_size: int, wp_size: int, pp_size: int) -> Grid:
     return Grid(names, tp_size, wp_size, pp_size, tuple((r % tp_size, r % wp_size) for r in ranks))
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether there are files of training in the folder, whole grid or not."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return any(known.pattern.fullmatch(name) for known in KNOWN_NAMES for name in names)
+
+
 def found_grid(folder: Path) -> tuple[Grid, dict[tuple[int, int], Path]]:
     """The files in `folder`, by (stage, number of the member); ConversionError where they are not a whole grid."""
     names = sorted(path.name for path in folder.iterdir())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConversionError, shown
+from ..errors import ConversionError, UndecidedError, shown
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.tokenizer_files import INTERNLM_TOKENIZER
 from .family import (
@@ -142,7 +142,7 @@ def _mlp_version(checkpoint: TrainingCheckpoint, mlp: str, version: int | None) 
         raise ConversionError(f"{checkpoint.folder} lacks {mlp}.w1.weight or w2.weight: no InternLM checkpoint.")
     if w1.shape == _down_shape(checkpoint, w1.shape):
         if version is None:
-            raise ConversionError(
+            raise UndecidedError(
                 f"{w1.path}: w1, w2 and w3 are square ({shown(list(w1.shape))}), so their shapes do not tell which is "
                 "the up projection. Say --version 1 (trained before February 2024: up is w2) or --version 2 (up is w3)."
             )

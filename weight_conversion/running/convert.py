@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from .. import PROJECT, __version__
 from ..errors import ConversionError, naming, shown
 from ..files.casting import Array, Loss
-from ..files.copying import Copier, Move, Task
+from ..files.copying import Copier, Task
 from ..files.dtypes import BFLOAT16, FLOAT16, DType
 from ..files.safetensors_file import read_header
 from ..files.views import TensorSpec
@@ -29,19 +28,15 @@ from ..folders.hf_folder import (
     write_json,
 )
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
-from ..mapping.family import Family, positive_number, training_shape
+from ..mapping.family import Family, positive_number
 from ..mapping.form import Form, Rope
 from ..mapping.hf_settings import training_settings
-from ..mapping.matching import Match, Parts, match_training
+from ..mapping.matching import Match
 from ..mapping.rules import ModelShape
-from ..mapping.table import Entry, Layout
 from ..tokenizer.tokenizer_files import Tokenizer
 from .publishing import Publication
 from .reporting import Reporter
-
-DEFAULT_NORM_EPSILON = 1e-5
-DEFAULT_ROPE_BASE = 10000
-"""What the training framework takes where its configuration says nothing."""
+from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, Understood, check_replicas, understood
 
 NORMALIZED, RAW = "normalized", "raw"
 
@@ -71,18 +66,8 @@ class ConvertRequest:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A checkpoint understood: its layout, its sizes, and of every entry of the table the copies of its parts."""
-
-    checkpoint: TrainingCheckpoint
-    layout: Layout
-    shape: ModelShape
-    parts: Sequence[tuple[Entry, list[Parts]]]
+class _Source(Understood):
     normalizes_head: bool
-
-    @property
-    def has_bias(self) -> bool:
-        return any(name.endswith(".bias") for entry, _ in self.parts for name in entry.hf)
 
 
 def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
@@ -94,7 +79,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     tokenizer = _checked_tokenizer(form, request, source.shape)
     if request.verify:
         verify_files(source.checkpoint)
-    _check_replicas(source)
+    check_replicas(source)
     weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
     config = _config(form, request, source)
@@ -118,16 +103,8 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
 
 def _understand(family: Family, form: Form, request: ConvertRequest, reporter: Reporter) -> _Source:
     checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
-    experts = [name for name in checkpoint.tensors if "moe" in name or "expert" in name]
-    if experts:
-        raise ConversionError(
-            f"{request.source} is a mixture of experts (MoE, tensor {shown(experts[0])}): not supported."
-        )
-    layout = family.layout_found(checkpoint, request.version)
-    shape = training_shape(checkpoint, form.table, layout)
-    family.check_heads(shape, checkpoint.config_file)
-    parts = match_training(checkpoint, form.table, layout, shape)
-    return _Source(checkpoint, layout, shape, parts, _normalizes_head(checkpoint, request))
+    found = understood(family, form.table, checkpoint, request.version)
+    return _Source(**vars(found), normalizes_head=_normalizes_head(checkpoint, request))
 
 
 def _with_true_settings(
@@ -175,23 +152,6 @@ def _checked_tokenizer(form: Form, request: ConvertRequest, shape: ModelShape) -
     if form.code is None:
         tokenizer.check_without_code(form.tokenizer, request.chat)
     return tokenizer
-
-
-def _check_replicas(source: _Source) -> None:
-    """Copies of a tensor must be the same on every rank, byte for byte."""
-    tasks = []
-    for _, (first, *others) in source.parts:
-        twins = itertools.chain.from_iterable(
-            zip(itertools.chain(*first), itertools.chain(*other), strict=True) for other in others
-        )
-        moves = [Move(one, ((one.view(), twin.view()),)) for one, twin in twins if twin is not one]
-        tasks += [moves] if moves else []
-    for move in Copier(lambda _: None).differences(tasks):
-        other = move.pairs[0][1].tensor
-        raise ConversionError(
-            f"{other.path}: tensor {shown(other.name)} differs from that of {move.full.path}, though every "
-            "rank of its group should hold the same. Shards of different runs or steps seem to be mixed."
-        )
 
 
 def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:

@@ -1,19 +1,20 @@
-"""From a Hugging Face folder to the shards that the InternEvo training framework loads."""
+"""From a Hugging Face folder, or from shards of another layout, to the shards that the InternEvo framework loads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError, listed, naming, shown
-from ..files.copying import Copier, Task
+from ..errors import ConversionError, UndecidedError, listed, naming, shown
+from ..files.copying import Copier, Move, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
-from ..files.views import StoredTensor, TensorSpec
-from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
-from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
-from ..folders.internevo_folder import shard_writers, write_model_config
+from ..files.views import StoredTensor, TensorSpec, contiguous_strides
+from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of, holds_shards
+from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, has_weights, read_folder, verify_files
+from ..folders.internevo_folder import TrainingCheckpoint, read_checkpoint, shard_writers, write_model_config
+from ..folders.internevo_folder import verify_files as verify_checkpoint
 from ..folders.numbering import Numbering, shared_out
 from ..mapping.family import (
     HALVES,
@@ -28,15 +29,19 @@ from ..mapping.family import (
     positive_number,
     whole_embedding_name,
 )
-from ..mapping.hf_settings import rope_of
+from ..mapping.hf_settings import DEFAULT_POSITIONS, rope_of
 from ..mapping.matching import Match, copies_of, match_hf, part_specs
 from ..mapping.rules import ModelShape
-from ..mapping.table import Entry
+from ..mapping.table import Entry, Layout
 from .publishing import Publication
 from .reporting import Reporter
+from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, check_replicas, understood
 
 HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
 """With tie_word_embeddings a folder leaves the head out: it is the embedding."""
+
+KEPT = ("norm_head", "embed_grad_scale", "use_dynamic_ntk_rope", "mlp_ratio", "multiple_of", "use_flash_attn")
+"""Settings of a training checkpoint that do not depend on how it is shared out."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,20 @@ class Run:
 
 @dataclass(frozen=True)
 class _Source:
-    """A Hugging Face folder understood: its sizes, and the tensors of every entry of the table."""
+    """What is to be reverted: its sizes, its settings, and the full tensors of every entry of the table.
 
-    folder: HFFolder
+    `config` has the settings in the words of config.json, `kept` those keys of model_config.pt that are to stay.
+    Full tensors that lie in no file are in `gathered`, by name.
+    """
+
+    config: Mapping[str, Any]
+    where: Path
     shape: ModelShape
     has_bias: bool
     fulls: Sequence[tuple[Entry, list[StoredTensor]]]
+    verify_files: Callable[[], None]
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    gathered: Mapping[str, Move] = field(default_factory=dict)
 
 
 def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
@@ -97,7 +110,7 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     source = _understand(family, request, reporter)
     run = _run(request, source.shape)
     if request.verify:
-        verify_files(source.folder)
+        source.verify_files()
     config = _training_config(family, request, source, reporter)
     by_place = shard_writers(publication.folder, run.grid, _shard_specs(source, run), _second_names(source, run))
     writers = list(by_place.values())
@@ -110,6 +123,12 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
 
 
 def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
+    if holds_shards(request.source) and not (request.source / CONFIG).exists():
+        return _understand_checkpoint(family, request)
+    return _understand_folder(family, request, reporter)
+
+
+def _understand_folder(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
     weights = SAFETENSORS
     if not request.safetensors:
         weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
@@ -130,23 +149,98 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
         )
     shape = hf_shape(folder.config, where)
     family.check_heads(shape, where)
-    for flag, size in (("--tp_size", request.tp_size), ("--wp_size", request.wp_size or 1)):
-        if size > shape.hidden_size:  # before as many ranks are counted
-            raise ConversionError(
-                f"{flag} {shown(size)} is larger than the hidden size of {where}, {shape.hidden_size}: so many ranks "
-                f"can share neither its rows nor its {shape.num_kv_heads} key/value heads."
-            )
+    _check_sizes(request, shape, where)
     tensors = dict(folder.tensors)
     for head, embedding in HEAD_OF.items():
         if folder.config.get("tie_word_embeddings") and embedding in tensors:
             tensors.setdefault(head, tensors[embedding])
     has_bias = any(name.endswith(".bias") for name in tensors)
     form.check(folder.config, shape, has_bias, where)
+    fulls = match_hf(tensors, form.table, _layout(family, request, has_bias), shape, str(request.source))
+    return _Source(folder.config, where, shape, has_bias, fulls, lambda: verify_files(folder))
+
+
+def _understand_checkpoint(family: Family, request: RevertRequest) -> _Source:
+    """A training checkpoint, by way of the tensors that converting it would give: they are gathered block by block."""
+    if request.safetensors:
+        raise ConversionError(
+            f"--safetensors: {request.source} holds shards of training, no Hugging Face weights. Leave it out."
+        )
+    checkpoint = read_checkpoint(request.source)
+    if checkpoint.is_of_hf_class:
+        raise ConversionError(
+            f"{request.source} was saved by training on a Hugging Face class. Convert it, with --config, and revert "
+            "what that writes."
+        )
+    try:
+        found = understood(family, family.table, checkpoint, None)
+    except UndecidedError as error:  # --version says what is to be written
+        raise ConversionError(
+            f"{request.source}: w1, w2 and w3 are square, so their shapes do not tell which is the up projection. "
+            "Convert it with --version, and revert what that writes."
+        ) from error
+    _check_sizes(request, found.shape, checkpoint.config_file)
+    check_replicas(found)
+    gathered: dict[str, Move] = {}
+    for entry, copies in found.parts:
+        named = zip(entry.hf, entry.hf_shapes, strict=True)
+        dtype = copies[0][0][0].dtype
+        fulls = [
+            StoredTensor(name, request.source, 0, dtype, sizes, contiguous_strides(sizes)) for name, sizes in named
+        ]
+        gathered |= {move.full.name: move for move in Match(entry, fulls, copies[:1]).moves(found.shape)}
+    tensors = {name: move.full for name, move in gathered.items()}
+    layout = _layout(family, request, found.has_bias)
+    fulls_found = match_hf(tensors, family.table, layout, found.shape, str(request.source))
+    return _Source(
+        _in_words_of_hf(checkpoint),
+        checkpoint.config_file,
+        found.shape,
+        found.has_bias,
+        fulls_found,
+        lambda: verify_checkpoint(checkpoint),
+        _kept(checkpoint),
+        gathered,
+    )
+
+
+def _kept(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
+    kept = {key: checkpoint.config[key] for key in KEPT if checkpoint.config.get(key) is not None}
+    for key, value in kept.items():
+        if not isinstance(value, bool | int | float):
+            raise ConversionError(
+                f"{checkpoint.config_file}: {key} is {shown(value)}, expected a number or a yes or no."
+            )
+    return kept
+
+
+def _in_words_of_hf(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
+    """The settings of model_config.pt that reverting takes from config.json."""
+    config, where = checkpoint.config, checkpoint.config_file
+    scaling = {"type": "dynamic", "factor": 1.0} if config.get("use_dynamic_ntk_rope") else None
+    return {
+        "rms_norm_eps": positive_number(config, "layer_norm_epsilon", where, DEFAULT_NORM_EPSILON),
+        "rope_theta": positive_number(config, "rope_base", where, DEFAULT_ROPE_BASE),
+        "rope_scaling": scaling,
+        "max_position_embeddings": positive_integer(config, "max_position_embeddings", where, DEFAULT_POSITIONS),
+    }
+
+
+def _check_sizes(request: RevertRequest, shape: ModelShape, where: Path) -> None:
+    for flag, size in (("--tp_size", request.tp_size), ("--wp_size", request.wp_size or 1)):
+        if size > shape.hidden_size:  # before as many ranks are counted
+            raise ConversionError(
+                f"{flag} {shown(size)} is larger than the hidden size of {where}, {shape.hidden_size}: so many ranks "
+                f"can share neither its rows nor its {shape.num_kv_heads} key/value heads."
+            )
+
+
+def _layout(family: Family, request: RevertRequest, has_bias: bool) -> Layout:
+    """The choices that the run makes."""
     embedding = HIDDEN_SPLIT if request.hidden_split else VOCABULARY_SPLIT
     joined = request.mlp_layer_fusion
     common = common_choices(request.grid.names, embedding, HALVES, joined=joined, bias=has_bias)
-    layout = family.layout_written(common, request.version)
-    return _Source(folder, shape, has_bias, match_hf(tensors, form.table, layout, shape, str(request.source)))
+    return family.layout_written(common, request.version)
 
 
 def _run(request: RevertRequest, shape: ModelShape) -> Run:
@@ -209,7 +303,12 @@ def _tasks(source: _Source, run: Run, writers: Mapping[tuple[int, int], TorchFil
             [[writers[place[1], member].tensors[name] for name in names] for member in copy]
             for copy in copies_of(entry.rule, run.grid)
         ]
-        tasks.append(Match(entry, fulls, copies).moves_back(source.shape))
+        match = Match(entry, fulls, copies)
+        if source.gathered:
+            moves = match.moves(source.shape)
+            tasks.append([replace(move, source=source.gathered[move.full.name]) for move in moves])
+        else:
+            tasks.append(match.moves_back(source.shape))
     return tasks
 
 
@@ -239,8 +338,7 @@ def _write_shards(
 
 def _training_config(family: Family, request: RevertRequest, source: _Source, reporter: Reporter) -> dict[str, Any]:
     """model_config.pt: the keys that the framework's builder of this family takes."""
-    shape, config = source.shape, source.folder.config
-    where = source.folder.folder / CONFIG
+    shape, config, where = source.shape, source.config, source.where
     rope = rope_of(config, where, reporter.warn)
     positions = positive_integer(config, "max_position_embeddings", where)
     if not request.hidden_split and request.tp_size > 1:
@@ -263,7 +361,7 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         "embed_grad_scale": 1,
         "parallel_output": True,
         "num_attention_heads": shape.num_heads,
-        "mlp_ratio": mlp_ratio(shape),
+        "mlp_ratio": source.kept.get("mlp_ratio") or mlp_ratio(shape),
         "norm_type": "rmsnorm",
         "apply_post_layer_norm": False,
         "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, 1e-6),
@@ -275,4 +373,6 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         **family.training_config(
             shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
         ),
+        **source.kept,
+        **({"use_flash_attn": True} if request.use_flash else {}),
     }

@@ -1,0 +1,109 @@
+"""revert --src on a training checkpoint: from one layout to another. Random layouts are in test_conversion_fuzz.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conversion.test_conversion import (
+    CARRIED,
+    FAMILIES,
+    assert_same,
+    convert,
+    names_of,
+    real_checkpoints,
+    revert,
+    shards,
+    weights,
+)
+from tests.support.checkpoints import build
+from tests.support.tokenizer_fixture import train_tokenizer
+from weight_conversion.command_line import revert_parser, run_revert
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "model_config.pt", weights_only=True)
+
+
+def refusal(family: str, capsys: pytest.CaptureFixture[str], source: Path, target: Path, *flags: str) -> str:
+    parser = revert_parser("revert", family, versions=family == "internlm")
+    words = ["--src", str(source), "--tgt", str(target), "--tp_size", "1", *flags]
+    assert run_revert(family, parser.parse_args(words)) == 1
+    assert not target.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", real_checkpoints())
+def test_the_training_models_logits_survive_another_layout(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    family, _, _ = names_of(source)
+    revert(family, source, tmp_path / "there", 2, "--pp_size", "2", "--embed_split", "--verify")
+    revert(family, tmp_path / "there", tmp_path / "back", 1, "--wp_size", "4", "--mlp_layer_fusion", "--verify")
+    convert(family, tmp_path / "back", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    record = torch.load(source / "expected_logits.pt")
+    with torch.no_grad():
+        logits = model(record["input_ids"]).logits
+    torch.testing.assert_close(logits, record["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_converting_and_reverting_without_the_folder_between(
+    family: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    full = build(tmp_path / "a", family, tp=2, pp=2, bias=True, interleaved=True, config={"rope_base": 5e5})
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32", "--max_pos", "2048")
+    assert_same(weights(tmp_path / "hf"), full)
+    flags = ("--wp_size", "2", "--pp_size", "2", "--verify")
+    revert(family, tmp_path / "hf", tmp_path / "by way of it", 2, *flags)
+    revert(family, tmp_path / "a", tmp_path / "at once", 2, *flags)
+    expected, found = shards(tmp_path / "by way of it"), shards(tmp_path / "at once")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert_same(found[name], expected[name])
+    there, here = settings(tmp_path / "by way of it"), settings(tmp_path / "at once")
+    free = {"mlp_ratio", "use_flash_attn"}  # as training had them: the same model
+    assert {key: (there[key], here.get(key)) for key in there.keys() - free if there[key] != here.get(key)} == {}
+
+
+def test_settings_of_training_stay(tmp_path: Path) -> None:
+    """The output weight is not normalised: the flag says that training does it."""
+    kept = {"norm_head": True, "embed_grad_scale": 0.1, "rope_base": 1000000, "layer_norm_epsilon": 1e-4}
+    build(tmp_path / "a", "internlm2", tp=2, norm_head=True, config=kept | {"use_flash_attn": True})
+    revert("internlm2", tmp_path / "a", tmp_path / "b", 2, "--embed_split")
+    found, expected = shards(tmp_path / "b"), shards(tmp_path / "a")
+    for name in expected:
+        assert_same(found[name], expected[name])
+    assert {key: settings(tmp_path / "b")[key] for key in kept} == kept
+    assert settings(tmp_path / "b")["use_flash_attn"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_no_source_is_refused_by_name(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "b"
+    build(tmp_path / "class", family, hf_class=True)
+    assert "--config" in refusal(family, capsys, tmp_path / "class", target)
+    build(tmp_path / "a", family)
+    assert "--safetensors" in refusal(family, capsys, tmp_path / "a", target, "--safetensors")
+    build(tmp_path / "odd", family, config={"norm_head": [1]})
+    assert "norm_head" in refusal(family, capsys, tmp_path / "odd", target)
+    build(tmp_path / "mixed", family, tp=2)
+    shard = torch.load(tmp_path / "mixed" / "model_tp1_pp0.pt", weights_only=True)
+    torch.save(shard | {"norm.weight": shard["norm.weight"] + 1}, tmp_path / "mixed" / "model_tp1_pp0.pt")
+    assert "differs" in refusal(family, capsys, tmp_path / "mixed", target)
+
+
+def test_a_folder_with_both_is_a_hugging_face_folder(tokenizer: Path, tmp_path: Path) -> None:
+    """Its config.json says so; shards that lie beside it are not looked at."""
+    convert("internlm2", CARRIED / "internlm2_tp2", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    build(tmp_path / "hf", "internlm2", seed=1)
+    revert("internlm2", tmp_path / "hf", tmp_path / "b", 1, "--embed_split")
+    assert settings(tmp_path / "b")["hidden_size"] == 64  # the shards' is 32
