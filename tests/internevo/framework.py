@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401  (it has the distutils that gputil imports and Python 3.12 lacks)
@@ -62,9 +63,21 @@ def use_processor() -> None:
     get_accelerator().__class__ = Processor
 
 
+def in_processes(work: Any, count: int, *arguments: Any) -> None:
+    """Calls `work(rank, *arguments)` in processes of their own, forked after what is slow to import; one needs none."""
+    use_processor()
+    import internlm.checkpoint
+    import internlm.train  # noqa: F401
+
+    torch.set_num_threads(1)
+    if count == 1:
+        work(0, *arguments)
+    else:
+        torch.multiprocessing.start_processes(work, arguments, nprocs=count, start_method="fork")
+
+
 def start(config: dict[str, Any], rank: int, world: int, meeting: Path) -> Any:
     """The framework's global context, started for a run of `world` processes that meet at the file `meeting`."""
-    use_processor()
     from internlm.core.context import Config, ParallelMode
     from internlm.core.context import global_context as context
     from internlm.core.context.random import add_seed, set_mode

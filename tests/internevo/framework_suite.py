@@ -184,42 +184,41 @@ def check_converted(saved: Path, converted: Path, family: Family) -> None:
         torch.testing.assert_close(model(logits["ids"]).logits, logits["logits"].to(model.dtype), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("flags", [("--tp", "2"), ("--mode", "isp", "--wp", "2"), ()], ids=" ".join)
-def test_ranks_train_alike(
-    framework: Path, family: Family, flags: tuple[str, ...], tokenizer: Path, tmp_path: Path
-) -> None:
+def test_ranks_train_alike(framework: Path, family: Family, tokenizer: Path, tmp_path: Path) -> None:
     """Two processes, which hold all of the model each: the losses and norms are those of one, and so is what is saved.
 
     Both have the same batch, so the mean of their gradients is that of one.
     """
     alone = trained(framework, family, tmp_path / "alone")
-    together = trained(framework, family, tmp_path / "together", "--processes", "2", *flags)
-    assert together.losses == pytest.approx(alone.losses, abs=1e-4)
-    assert [sum(norm.values()) for norm in together.norms] == pytest.approx(
-        [sum(norm.values()) for norm in alone.norms], rel=1e-3
-    )
-    config = str(together.folder / "class")
-    flags = ("--dtype", "float32", "--config", config)
-    assert convert(family, together.folder, tmp_path / "hf", tokenizer, *flags) == 0
-    check_converted(together.folder, tmp_path / "hf", family)
+    for flags in (("--tp", "2"), ("--mode", "isp", "--wp", "2"), ()):
+        folder = tmp_path / " ".join(flags)
+        together = trained(framework, family, folder / "saved", "--processes", "2", *flags)
+        assert together.losses == pytest.approx(alone.losses, abs=1e-3)
+        for one, other in zip(together.norms, alone.norms, strict=True):
+            assert sum(one.values()) == pytest.approx(sum(other.values()), rel=1e-3)
+        more = ("--dtype", "float32", "--config", str(together.folder / "class"))
+        assert convert(family, together.folder, folder / "hf", tokenizer, *more) == 0
+        check_converted(together.folder, folder / "hf", family)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_frameworks_modules_take_the_places_of_ours(
-    framework: Path, family: Family, ranks: int, tokenizer: Path, tmp_path: Path
+    framework: Path, family: Family, tokenizer: Path, tmp_path: Path
 ) -> None:
     """As InternEvo does since autumn 2024, in isp: the same training, and weights that are cut over the ranks."""
-    ours = trained(framework, family, tmp_path / "ours", "--mode", "isp")
-    flags = ("--mode", "isp", "--wp", ranks, "--processes", ranks, "--replaced")
-    theirs = trained(framework, family, tmp_path / "theirs", *flags)
-    assert theirs.losses == pytest.approx(ours.losses, abs=1e-3)
-    for name, run in (("a", ours), ("b", theirs)):
+    runs = {"ours": trained(framework, family, tmp_path / "ours", "--mode", "isp")}
+    for ranks in (1, 2):
+        flags = ("--mode", "isp", "--wp", ranks, "--processes", ranks, "--replaced")
+        runs[f"theirs{ranks}"] = trained(framework, family, tmp_path / f"theirs{ranks}", *flags)
+    tensors = {}
+    for name, run in runs.items():
+        assert run.losses == pytest.approx(runs["ours"].losses, abs=1e-3)
         more = ("--dtype", "float32", "--config", str(run.folder / "class"))
-        assert convert(family, run.folder, tmp_path / name, tokenizer, *more) == 0
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert first.keys() == second.keys()
-    far = {name for name in first if not torch.allclose(first[name], second[name], atol=1e-3)}
-    assert not far
+        assert convert(family, run.folder, tmp_path / f"hf_{name}", tokenizer, *more) == 0
+        tensors[name] = load_file(tmp_path / f"hf_{name}" / "model.safetensors")
+    ours = tensors.pop("ours")
+    for theirs in tensors.values():
+        assert ours.keys() == theirs.keys()
+        assert not {name for name in ours if not torch.allclose(ours[name], theirs[name], atol=1e-3)}
 
 
 # --------------------------------------------------------------------------------------------- what revert writes

@@ -24,7 +24,6 @@ from unittest import mock
 import framework
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 MODEL_TYPES = {"internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC"}
 NOT_OF_THIS_BUILDER = {
@@ -46,7 +45,7 @@ def main() -> int:
     arguments = parser.parse_args()
     world = arguments.pp * math.lcm(arguments.tp, arguments.wp or 1)
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(load_rank, (world, arguments, Path(scratch) / "meeting"), nprocs=world)
+        framework.in_processes(load_rank, world, world, arguments, Path(scratch) / "meeting")
     sizes = f"tp {arguments.tp}, pp {arguments.pp}, " + (f"isp wp {arguments.wp}" if arguments.wp else "mtp")
     print(f"ok   {arguments.folder.name}: {world} ranks ({sizes}) hold exactly what their files hold")
     return 0
@@ -54,7 +53,6 @@ def main() -> int:
 
 def load_rank(rank: int, world: int, arguments: argparse.Namespace, meeting: Path) -> None:
     """One process of the run."""
-    torch.set_num_threads(1)
     context = start(rank, world, arguments, meeting)
     from internlm.checkpoint import components
     from internlm.model.builder import create_model

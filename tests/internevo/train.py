@@ -20,9 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import framework
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 SEQUENCE, ROWS, MICRO_BATCHES = 64, 2, 2
 SAMPLES = [0, 40, 64, 100, SEQUENCE * ROWS]
@@ -44,23 +44,15 @@ def main() -> int:
     parser.add_argument("--default_shape", type=json.loads, default={}, help="in the place of the class's defaults")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        meeting = Path(scratch) / "meeting"
-        if arguments.processes == 1:
-            train_rank(0, arguments, meeting)
-        else:
-            torch.multiprocessing.spawn(train_rank, (arguments, meeting), nprocs=arguments.processes)
+        framework.in_processes(train_rank, arguments.processes, arguments, Path(scratch) / "meeting")
     return 0
 
 
 def train_rank(rank: int, arguments: argparse.Namespace, meeting: Path) -> None:
     """One process of the run."""
-    torch.set_num_threads(1)
-    sys.path.insert(0, os.getcwd())
-    from framework import start
-
     written: dict[str, Any] = {}
     exec(arguments.config.read_text(encoding="utf-8"), written)
-    context = start(settings(written, arguments), rank, arguments.processes, meeting)
+    context = framework.start(settings(written, arguments), rank, arguments.processes, meeting)
     from internlm.initialize.launch import args_sanity_check
 
     args_sanity_check()
