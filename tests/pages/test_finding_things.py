@@ -10,7 +10,7 @@ import pytest
 
 from tests.pages.pages import ENGLISH, PAGES, README, REPOSITORY, anchors, blocks, links, name_of, target
 
-RESULTS = (*(REPOSITORY / "benchmarks").glob("*.md"), *(REPOSITORY / "tests" / "versions").glob("*.md"))
+RESULTS = [page for folder in ("benchmarks", "tests") for page in (REPOSITORY / folder).rglob("*.md")]
 LINKING = sorted({*PAGES, *REPOSITORY.glob("*.md"), *RESULTS})
 
 
