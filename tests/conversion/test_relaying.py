@@ -74,6 +74,15 @@ def test_it_is_converting_and_reverting_without_the_folder_between(
     assert {key: (there[key], here.get(key)) for key in there.keys() - free if there[key] != here.get(key)} == {}
 
 
+@pytest.mark.parametrize("flags", [(), ("--wp_size", "2"), ("--wp_size", "2", "--isp", "2025")], ids=" ".join)
+def test_the_shards_of_any_layout_may_be_replaced(flags: tuple[str, ...], tmp_path: Path) -> None:
+    build(tmp_path / "a", "internlm2")
+    for size in (2, 1):
+        revert("internlm2", tmp_path / "a", tmp_path / "b", size, "--force", *flags)
+        for path in (tmp_path / "b").glob("model_*p0.pt"):
+            path.with_name(path.name + ".md5").write_text("0")
+
+
 def test_settings_of_training_stay(tmp_path: Path) -> None:
     """The output weight is not normalised: the flag says that training does it."""
     kept = {"norm_head": True, "embed_grad_scale": 0.1, "rope_base": 1000000, "layer_norm_epsilon": 1e-4}

@@ -234,21 +234,37 @@ RUNS = [
 ]
 
 
+def reverted(framework: Path, family: Family, folder: Path, *flags: str) -> Path:
+    """Shards in `folder`, and beside them the logits that their model must give."""
+    source = framework / "huggingface_model" / MODELS[family.name]
+    parser = revert_parser("revert", family.name, versions=family.name == "internlm")
+    assert run_revert(family.name, parser.parse_args(["--src", str(source), "--tgt", str(folder), *flags])) == 0
+    model = family.cls("ForCausalLM").from_pretrained(source).eval()
+    ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        torch.save({"input_ids": ids, "logits": model(ids).logits}, folder.with_suffix(".logits"))
+    return folder
+
+
 @pytest.mark.parametrize("sizes", RUNS)
 def test_the_framework_loads_what_revert_writes(
     framework: Path, family: Family, sizes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = framework / "huggingface_model" / MODELS[family.name]
-    words = sizes.replace("--tp", "--tp_size").replace("--pp", "--pp_size").replace("--wp", "--wp_size")
-    words = words.replace("--chunks", "--num_chunks")
-    parser = revert_parser("revert", family.name, versions=family.name == "internlm")
-    flags = ["--src", str(source), "--tgt", str(tmp_path / "shards"), "--embed_split", *words.split()]
-    assert run_revert(family.name, parser.parse_args(flags)) == 0
-    model = family.cls("ForCausalLM").from_pretrained(source).eval()
-    ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        torch.save({"input_ids": ids, "logits": model(ids).logits}, tmp_path / "logits.pt")
+    words = re.sub(r"--(tp|pp|wp)", r"--\1_size", sizes).replace("--chunks", "--num_chunks")
+    folder = reverted(framework, family, tmp_path / "shards", "--embed_split", *words.split())
     run = re.sub(r"--chunks \d", "", sizes).split()
-    logits = [] if "--pp" in sizes or "--tp 2 --wp" in sizes else ["--logits", tmp_path / "logits.pt"]
+    logits = [] if "--pp" in sizes or "--tp 2 --wp" in sizes else ["--logits", folder.with_suffix(".logits")]
     capsys.readouterr()
-    print(in_framework(framework, "load_shards.py", tmp_path / "shards", family.name, *run, *logits).strip())
+    print(in_framework(framework, "load_shards.py", folder, family.name, *run, *logits).strip())
+
+
+def test_a_vocabulary_split_embedding_loads_where_one_rank_has_it(
+    framework: Path, family: Family, tmp_path: Path
+) -> None:
+    """This version looks for the other embedding alone, and says so in its log."""
+    whole = reverted(framework, family, tmp_path / "whole", "--tp_size", "1")
+    logits = whole.with_suffix(".logits")
+    in_framework(framework, "load_shards.py", whole, family.name, "--allow-second-name", "--logits", logits)
+    cut = reverted(framework, family, tmp_path / "cut", "--tp_size", "2")
+    with pytest.raises(AssertionError, match=r"missing keys \['(tok_embeddings|embedding)\.weight'\]"):
+        in_framework(framework, "load_shards.py", cut, family.name, "--tp", "2")

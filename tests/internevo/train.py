@@ -173,6 +173,7 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     said = {**steps(trainer, arguments), "evaluated": evaluated(trainer)}
     arguments.target.mkdir(parents=True, exist_ok=True)
     save_model_checkpoint(f"local:{arguments.target}", model.model)
+    check_resumes(model.model, arguments.target)
     logits = evaluation_logits(model.model)
     if context.get_global_rank() == 0:
         llm_save(f"local:{arguments.target}/model_config.pt", saved_obj=config.model)
@@ -257,6 +258,19 @@ def check_loaded(model: torch.nn.Module, folder: Path) -> None:
     different = [name for name in found if not torch.equal(found[name], expected[name].to(found[name].dtype))]
     if different or expected.keys() != found.keys():
         raise AssertionError(f"not as in {folder}: {different}, {expected.keys() ^ found.keys()}")
+
+
+def check_resumes(model: torch.nn.Module, folder: Path) -> None:
+    """The framework loads what it has just saved."""
+    from internlm.checkpoint.components import load_model_checkpoint
+
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    load_model_checkpoint(f"local:{folder}", model)
+    if not all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items()):
+        raise AssertionError(f"{folder} does not come back")
 
 
 def batch(packed: bool) -> Any:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-WEIGHTS = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|model_tp\d+_pp\d+\.pt", re.ASCII
-)
+SHARD = r"model_(tp\d+|wp\d+|tp\d+_wp\d+)_pp\d+"
+WEIGHTS = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|{SHARD}\.pt", re.ASCII)
 BESIDE_WEIGHTS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|(model\.safetensors|pytorch_model\.bin)\.index\.json"
     r"|tokenizer\.model|chat_template\.(jinja|json)"
     r"|(configuration|modeling|tokenization|chat|compat)_\w+\.py"
-    r"|model_config\.pt|model(_tp\d+_pp\d+|_config)(\.pt)?\.md5",
+    rf"|model_config\.pt|({SHARD}|model_config)(\.pt)?\.md5",
     re.ASCII,
 )
 
