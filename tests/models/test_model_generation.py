@@ -9,15 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    CompileConfig,
-    ContinuousBatchingConfig,
-    DynamicCache,
-    GenerationConfig,
-    StaticCache,
-    masking_utils,
-)
+from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache, masking_utils
 
 from internlm2_model.compat_internlm2 import CACHE_NAME
 from tests.support.model_families import FAMILIES, Family, checkpoint_activations, tokens
@@ -194,21 +186,6 @@ def test_generate_compiles_as_one_graph(family: Family, backend: str, masked: bo
     torch.compiler.reset()
     compiled = greedy(model, ids, new=6, cache_implementation="static", compile_config=whole, **mask)
     assert torch.equal(compiled, greedy(model, ids, new=6, use_cache=False, **mask))
-
-
-@over_families
-@over_ropes
-@over_backends
-@pytest.mark.filterwarnings("ignore")  # the loop's own
-def test_continuous_batching_gives_the_tokens_of_generate(family: Family, rope: str, backend: str) -> None:
-    model, rows = family.model(rope, attn_implementation=backend), [tokens(1, size, seed=size) for size in (6, 11, 3)]
-    found = model.generate_batch(
-        [row[0].tolist() for row in rows],
-        generation_config=GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, page_size=16),
-    )
-    batched = [found[name].generated_tokens for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
-    assert batched == [greedy(model, row, new=8)[0].tolist() for row in rows]
 
 
 UNKNOWN = {"a tensor": torch.ones(1, 4), "a flag": True, "a flag off": False, "a number": 2.0, "a name": "linear"}

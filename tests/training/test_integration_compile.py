@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from internlm_model.modeling_internlm import project
 from tests.support.model_families import FAMILIES, Family, tokens
@@ -82,15 +82,34 @@ def test_a_compiled_projection_that_is_more_than_linear_is_called() -> None:
         assert_near(compiled(linear, states), linear(states))
 
 
-@over_families
-@over_ropes
-@torch.no_grad()
-def test_an_exported_program_takes_any_batch_and_length(family: Family, rope: str, tmp_path: Path) -> None:
-    model = small(family, rope)
+def exported(model: Any) -> Any:
+    """A program for any batch, and any length up to 64."""
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=64)}
     arguments = {"input_ids": tokens(2, 16), "attention_mask": torch.ones(2, 16, dtype=torch.long), "use_cache": False}
     dynamic = {"input_ids": shape, "attention_mask": shape, "use_cache": None}
-    program = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
+    return torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
+
+
+@pytest.fixture(scope="module")
+def exporting() -> None:
+    """Skips where transformers' own Llama cannot be exported with any length, as with torch 2.9."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=320, **sizes)).eval()
+    try:
+        exported(llama)
+    except RuntimeError as error:
+        if "is not tracked with proxy" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} cannot export transformers' own Llama with any length: {error}")
+
+
+@over_families
+@over_ropes
+@pytest.mark.usefixtures("exporting")
+@torch.no_grad()
+def test_an_exported_program_takes_any_batch_and_length(family: Family, rope: str, tmp_path: Path) -> None:
+    model = small(family, rope)
+    program = exported(model)
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for batch, length in ((1, 7), (3, 48)):
