@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -64,6 +65,19 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def assert_files_are_those_of(saved: Path, ours: Path) -> None:
+    """The weight files and index of `save_pretrained`, byte by byte; of transformers 4, which orders the tensors in
+    another way, only the tensors."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        assert_same(weights(ours), weights(saved))
+        return
+    names = {path.name for path in saved.glob("model[.-]*")}
+    assert names == {path.name for path in ours.glob("model[.-]*")}
+    assert len(names) > 3
+    for name in names:
+        assert filecmp.cmp(saved / name, ours / name, shallow=False), name
 
 
 def with_both_names(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -314,11 +328,7 @@ def test_files_are_those_of_save_pretrained(family: str, tokenizer: Path, tmp_pa
     convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--max_shard", "100KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype="auto")
     model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
-    saved = {path.name for path in (tmp_path / "saved").glob("model[.-]*")}
-    assert saved == {path.name for path in (tmp_path / "hf").glob("model[.-]*")}
-    assert len(saved) > 3
-    for name in saved:
-        assert filecmp.cmp(tmp_path / "saved" / name, tmp_path / "hf" / name, shallow=False), name
+    assert_files_are_those_of(tmp_path / "saved", tmp_path / "hf")
     written, by_transformers = (
         json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "saved")
     )
