@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-kernels kernels-ci floor newest-torch lint consumers compat compat-ci compat-environments newest llama-cpp internevo tokenizer-versions peer-tests
+.PHONY: demo test test-kernels kernels-ci floor newest-torch lint consumers compat compat-ci compat-environments newest internevo tokenizer-versions peer-tests
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
@@ -85,18 +85,6 @@ tokenizer-versions: $(READY)
 # TOOLS="vllm llama-cpp" tries these alone. Disk and minutes of each are in that page.
 consumers: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/consumers/consumers.py $(TOOLS)
-
-# llama.cpp on converted folders. Built from source the first time, in about six minutes of processor time.
-LLAMA_CPP := .compat/llama_cpp
-
-$(LLAMA_CPP)/.installed: | $(READY)
-	rm -rf $(LLAMA_CPP)
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-		--target $(LLAMA_CPP) llama-cpp-python==0.3.36 gguf==0.19.0 diskcache==5.6.3
-	touch $@
-
-llama-cpp: $(LLAMA_CPP)/.installed
-	PYTHONPATH=.:$(LLAMA_CPP) $(BIN)/python -m pytest tests/consumers/llama_cpp/compare.py
 
 # InternEvo's own trainer and loader on a CPU, of its last package, in a folder beside the environment.
 INTERNEVO := .compat/internevo

@@ -65,7 +65,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=SCRATCH, prefix="folders-") as scratch:
         folders = (arguments.folders or Path(scratch)).resolve()
         convert(folders, [case for case in CASES if not (folders / case.name).exists()])
-        expected = {(case.family, case.kind): _expected(folders, case) for case in CASES}
+        expected = {
+            (case.family, case.kind): answers(folders / case.name) for case in CASES if case.format == FORMATS[0]
+        }
         for tool in (known[name] for name in chosen):
             if not tool.read:
                 tried = _try(tool, folders, expected, _record().get(tool.name, {}), arguments)
@@ -81,11 +83,6 @@ def main() -> int:
 def _record() -> dict[str, Any]:
     """What is known of every tool, from this run and earlier ones."""
     return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-
-
-def _expected(folders: Path, case: Case) -> dict[str, Any]:
-    """Ours, whatever the format: from the remote-code folder."""
-    return answers(folders / Case(case.family, FORMATS[0], case.kind).name)
 
 
 def _try(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 from collections.abc import Mapping
@@ -134,13 +135,16 @@ def _install(tool: Tool) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tool.folder)], check=True)
     for requirements in (tool.requirements, tool.then):
         if requirements:
-            _pip(tool, "install", *requirements)
+            _pip(tool, "install", "--no-compile", *requirements)
     if tool.remove:
         _pip(tool, "uninstall", "--yes", *tool.remove)
     for source in tool.sources:
         package = source.partition("==")[0]
         folder = str(tool.folder / "sources")
         _pip(tool, "download", "--no-deps", "--no-binary", package, "--dest", folder, source)
+    for archive in (tool.folder / "sources").glob("*.tar.gz"):
+        with tarfile.open(archive) as packed:
+            packed.extractall(archive.parent, filter="data")
 
 
 def _install_project(tool: Tool) -> None:

@@ -76,12 +76,19 @@ def test_logits_are_those_of_the_training_model(source: Path, tokenizer: Path, t
 
 @pytest.mark.parametrize("rotary", ["origin", "dynamic"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_family_s_own_class(family: str, rotary: str, tokenizer: Path, tmp_path: Path) -> None:
-    """One sequence at a time, also beyond the trained length, with a trained base of its own."""
+def test_logits_are_those_of_the_family_s_own_class(
+    family: str, rotary: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sequence at a time, also beyond the trained length, with a trained base of its own; a warning says so."""
     build(tmp_path / "a", family, tp=2, bias=True, config={"rope_base": 1000000})
     flags = ["--rotary_type", rotary, "--scaling_factor", "3", "--max_pos", "32"]
+    warning = (
+        "warning: beyond 32 tokens, dynamic NTK scaling of a Llama is that of this model for one sequence at a time"
+    )
     convert(family, tmp_path / "a", tmp_path / "own", tokenizer, "--dtype", "float32", *flags)
+    assert warning not in capsys.readouterr().err
     convert(family, tmp_path / "a", tmp_path / "llama", tokenizer, *LLAMA, *flags)
+    assert (warning in capsys.readouterr().err) is (rotary == "dynamic")
     own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", trust_remote_code=True).eval()
     llama = loaded(tmp_path / "llama")
     for length in LENGTHS:

@@ -166,6 +166,12 @@ def _warn(form: Form, request: ConvertRequest, source: _Source, reporter: Report
             "project's plugin use them; SGLang, and vLLM without the plugin, drop the biases of InternLM2 silently and "
             "answer wrongly. They keep those of --format llama."
         )
+    if form.code is None and request.dynamic_factor is not None:
+        reporter.warn(
+            f"beyond {request.max_position_embeddings} tokens, dynamic NTK scaling of a Llama is that of this model "
+            "for one sequence at a time in transformers, not while an InternLM model generates; vLLM's own classes and "
+            "llama.cpp compute something else without an error."
+        )
     if source.normalizes_head and request.norm_head is None:
         reporter.warn(
             "norm_head is set: the output weight is written with its rows normalised, as training uses it. InternEvo "
