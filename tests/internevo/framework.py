@@ -1,6 +1,6 @@
 """InternEvo (PyPI: internevo 0.5.2.dev20240525) on a processor: a device class for it, and how a run is started.
 
-The framework has classes for GPUs alone. Nothing else of it is replaced here.
+The framework has classes for GPUs alone. Training needs nothing else; the logits of its own models need what is below.
 """
 
 from __future__ import annotations
@@ -99,6 +99,29 @@ def start(config: dict[str, Any], rank: int, world: int, meeting: Path) -> Any:
         add_seed(mode, 1024 + context.get_local_rank(mode))
     set_mode(ParallelMode.DUMMY)
     return context
+
+
+@contextlib.contextmanager
+def more_of_gloo() -> Iterator[None]:
+    """What gloo lacks: all_to_all of lists, where everybody gathers everything and takes its own, and gathering into a
+    tensor of another shape than the pieces end to end have, which are seen as flat."""
+    gather = dist.all_gather_into_tensor
+
+    def all_to_all(outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any = None, **_: Any) -> None:
+        count, rank = dist.get_world_size(group), dist.get_rank(group)
+        everything: list[Any] = [None] * count
+        dist.all_gather_object(everything, inputs, group=group)
+        for sender, output in enumerate(outputs):
+            output.copy_(everything[sender][rank])
+
+    def all_gather_into_tensor(output: torch.Tensor, piece: torch.Tensor, *others: Any, **more: Any) -> Any:
+        return gather(output.view(-1), piece.view(-1), *others, **more)
+
+    with (
+        mock.patch.object(dist, "all_to_all", all_to_all),
+        mock.patch.object(dist, "all_gather_into_tensor", all_gather_into_tensor),
+    ):
+        yield
 
 
 @contextlib.contextmanager

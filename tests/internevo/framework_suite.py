@@ -253,9 +253,9 @@ def test_the_framework_loads_what_revert_writes(
     words = re.sub(r"--(tp|pp|wp)", r"--\1_size", sizes).replace("--chunks", "--num_chunks")
     folder = reverted(framework, family, tmp_path / "shards", "--embed_split", *words.split())
     run = re.sub(r"--chunks \d", "", sizes).split()
-    logits = [] if "--pp" in sizes or "--tp 2 --wp" in sizes else ["--logits", folder.with_suffix(".logits")]
     capsys.readouterr()
-    print(in_framework(framework, "load_shards.py", folder, family.name, *run, *logits).strip())
+    logits = folder.with_suffix(".logits")
+    print(in_framework(framework, "load_shards.py", folder, family.name, *run, "--logits", logits).strip())
 
 
 def test_a_vocabulary_split_embedding_loads_where_one_rank_has_it(

@@ -5,14 +5,14 @@
 Needs the framework (PyPI: internevo 0.5.2.dev20240525) and torch; nothing of this repository but framework.py. Every
 rank builds its part of the model from model_config.pt with the framework's builder, loads its file with the framework's
 loader, and fails where that logs a missing or an unexpected name or where a parameter is not, bit for bit, what the
-file holds. FILE holds {input_ids [B, T], logits [B, T, V]}: without a pipeline, those of the framework's model must be
-within 1e-4 of it.
+file holds. FILE holds {input_ids [B, T], logits [B, T, V]}: those of the framework's model must be within 1e-4 of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--wp", type=int, help="weight-parallel size: the run is isp")
-    parser.add_argument("--logits", type=Path, help="inputs and logits that the model must give, without a pipeline")
+    parser.add_argument("--logits", type=Path, help="inputs, and the logits that the model must give")
     parser.add_argument("--allow-second-name", action="store_true", help="of the embedding, in the only shard")
     arguments = parser.parse_args()
     world = arguments.pp * math.lcm(arguments.tp, arguments.wp or 1)
@@ -126,16 +126,44 @@ def compare_logits(rank: int, model: torch.nn.Module, path: Path, context: Any) 
     from internlm.train import initialize_parallel_communicator
 
     expected = torch.load(path, weights_only=True)
-    wrapped = model if isinstance(model, torch.nn.ModuleList) else [model]
-    initialize_parallel_communicator(torch.nn.ModuleList(wrapped))
-    with torch.no_grad(), framework.rotary_of_copies():
-        found = model.eval()(input_ids=expected["input_ids"])
-    found = found[0] if isinstance(found, tuple) else found
+    chunks = list(model) if isinstance(model, torch.nn.ModuleList) else [model]
+    initialize_parallel_communicator(torch.nn.ModuleList(chunks))
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad(), framework.rotary_of_copies(), framework.more_of_gloo():
+        rows = expected["input_ids"].split(1)  # sequence parallelism of isp takes one row
+        found = torch.cat([passed_on(chunks, row, context) for row in rows])
     distance = float((found.float() - expected["logits"]).abs().max())
     if rank == 0:
         print(f"     logits within {distance:.1e}")
     if not distance < 1e-4:
         raise AssertionError(f"rank {rank}: the logits are {distance} off")
+
+
+def passed_on(chunks: list[torch.nn.Module], ids: torch.Tensor, context: Any) -> torch.Tensor:
+    """What the last stage gives: chunk after chunk, each stage in its turn, as the schedule of a pipeline would."""
+    from internlm.core.context import ParallelMode
+
+    is_pipeline, stage = (
+        context.is_using_parallel_mode(ParallelMode.PIPELINE),
+        context.get_local_rank(ParallelMode.PIPELINE),
+    )
+    stages = context.get_ranks_in_group(ParallelMode.PIPELINE) if is_pipeline else [context.get_global_rank()]
+    hidden: Any = None
+    positions = {}
+    if context.config.parallel["tensor"]["mode"] == "isp":  # as its packed_data_normalizer does
+        ranks, own = context.get_world_size(ParallelMode.TENSOR), context.get_local_rank(ParallelMode.TENSOR)
+        positions = {"indexes": torch.arange(ids.shape[1]).chunk(ranks)[own]}
+    for chunk, (turn, sender) in itertools.product(chunks, enumerate(stages)):
+        if turn == stage:
+            passed = chunk(input_ids=ids, **positions) if hidden is None else chunk(hidden_states=hidden, **positions)
+            hidden = (passed[0] if isinstance(passed, tuple) else passed).float().contiguous()
+        if is_pipeline:
+            shape = [list(hidden.shape) if turn == stage else None]
+            dist.broadcast_object_list(shape, src=sender, group=context.get_group(ParallelMode.PIPELINE))
+            hidden = hidden if turn == stage else torch.empty(shape[0])  # type: ignore[arg-type]
+            dist.broadcast(hidden, src=sender, group=context.get_group(ParallelMode.PIPELINE))
+    return hidden
 
 
 if __name__ == "__main__":
