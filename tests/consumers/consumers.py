@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -113,8 +114,8 @@ def _try(
 
 def _ask(tool: Tool, way: Way, case: Case, folder: Path) -> dict[str, Any]:
     """The tool's answers, {"error": ...} where it ends without any."""
-    stem = SCRATCH / f"{tool.name}-{way.name.replace(' ', '-')}-{case.name}"
-    asked, target, log = stem.with_suffix(".questions"), stem.with_suffix(".answers"), stem.with_suffix(".log")
+    stem = re.sub(r"[^\w-]+", "-", f"{tool.name} {way.name} {case.name}")
+    asked, target, log = (SCRATCH / f"{stem}.{kind}" for kind in ("questions", "answers", "log"))
     asked.write_text(json.dumps(questions(folder, way.name).__dict__), encoding="utf-8")
     target.unlink(missing_ok=True)
     command = [tool.python, HERE / "protocol.py", HERE / "tools" / tool.program, asked, target]

@@ -38,11 +38,13 @@ def answers(folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     asked = questions(folder, "")
     logits = model(torch.tensor([asked.ids])).logits[0]
-    scores = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(asked.ids[1:])[:, None])[:, 0]
+    scores = _scores(logits[:-1], asked.ids[1:])
+    # A pass that ends before the last token: with dynamic NTK scaling it is another one.
+    shorter = _scores(model(torch.tensor([asked.ids[:-1]])).logits[0], asked.ids[1:])
     found: dict[str, Any] = {
         "logits": logits.numpy(),
         "scores": scores.numpy(),
-        "likelihood": scores[LENGTH // 2 - 1 :].sum().item(),
+        "likelihood": shorter[LENGTH // 2 - 1 :].sum().item(),
         "embeddings": [_embedding(model, tokenizer(text)["input_ids"]) for text in asked.texts[:EMBEDDED]],
         "greedy": [_continued(model, ids) for ids in asked.prompts],
         "tokens": [tokenizer(text)["input_ids"] for text in asked.texts],
@@ -61,6 +63,11 @@ def _continued(model: Any, ids: list[int]) -> list[int]:
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     mask = torch.ones(1, len(ids), dtype=torch.long)
     return model.generate(torch.tensor([ids]), attention_mask=mask, **settings)[0, len(ids) :].tolist()
+
+
+def _scores(logits: torch.Tensor, following: list[int]) -> torch.Tensor:
+    """Log-probabilities [T] of the tokens that follow, from logits [T, V]."""
+    return logits.log_softmax(-1).gather(1, torch.tensor(following)[:, None])[:, 0]
 
 
 def _embedding(model: Any, ids: list[int]) -> list[float]:

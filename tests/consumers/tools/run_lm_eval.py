@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from lm_eval.models.huggingface import HFLM
 
+LONGEST = 256  # else it keeps the last max_position_embeddings tokens
+
 
 class LmEval:
     def __init__(self, folder: str) -> None:
-        self.model = HFLM(pretrained=folder, trust_remote_code=True, dtype="float32", device="cpu", batch_size=1)
+        settings = {"trust_remote_code": True, "dtype": "float32", "device": "cpu", "max_length": LONGEST}
+        self.model = HFLM(pretrained=folder, batch_size=1, **settings)
 
     def likelihood(self, ids: list[int]) -> float:
         half = len(ids) // 2

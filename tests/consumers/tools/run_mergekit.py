@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,21 +18,26 @@ dtype: float32
 models:
   - model: {folder}
     parameters: {{weight: 0.5}}
-  - model: {folder}
+  - model: {again}
     parameters: {{weight: 0.5}}
 """
 
 
 class Merged:
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, way: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             recipe, merged = Path(scratch, "merge.yml"), Path(scratch, "merged")
-            recipe.write_text(MERGE.format(folder=folder))
+            again = Path(scratch, "again")  # it refuses one name twice
+            again.symlink_to(folder)
+            recipe.write_text(MERGE.format(folder=folder, again=again))
             command = [Path(sys.executable).with_name("mergekit-yaml"), recipe, merged, "--trust-remote-code"]
             run = subprocess.run([*map(str, command)], capture_output=True, text=True)
             print(run.stdout, run.stderr, sep="\n")
             if run.returncode:
                 raise RuntimeError(f"mergekit-yaml: {run.stderr.strip().splitlines()[-1]}")
+            if "copied" in way:
+                for module in Path(folder).glob("*.py"):
+                    shutil.copy(module, merged)
             settings: dict[str, Any] = {"trust_remote_code": True}
             self.tokenizer = AutoTokenizer.from_pretrained(merged, **settings)
             self.model = AutoModelForCausalLM.from_pretrained(merged, dtype="float32", **settings).eval()
@@ -45,4 +51,4 @@ class Merged:
 
 
 def open_folder(folder: str, way: str) -> Merged:
-    return Merged(folder)
+    return Merged(folder, way)
