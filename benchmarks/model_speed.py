@@ -10,11 +10,12 @@ Markdown tables, one for each section:
     generate    what a user types: `model.generate` of 128 tokens, its loop and its first pass included, with the
                 dynamic cache; with `cache_implementation="static"`, which compiles by itself; and with that and a
                 compile_config whose kernels are tuned for one sequence. The first call compiles; its seconds are told
+    batching    `model.generate_batch` of 64 requests of 64 to 568 tokens, 128 new ones each; milliseconds a new token
     decode      one token a sequence, dynamic cache, after a prompt of --context tokens
     compiled    the same with a static cache and torch.compile, one layer's kernels for all, a single sequence
     training    forward and backward of 4096 tokens, with and without gradient checkpointing
 
-All but `generate` are tuned loops: they leave out what generate does between two passes.
+All but `generate` and `batching` are tuned loops: they leave out what generate does between two passes.
 
 Both models have random bfloat16 weights and read the same random tokens, in one process. Rounds of the one and the
 other alternate, after a warm-up round that does not count; device events take the time, and medians are given. The
@@ -31,6 +32,7 @@ import argparse
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,7 +43,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.utils import is_flash_attn_2_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -56,6 +65,7 @@ COMPILED_STEPS = 64  # one step is short beside the time from the call to its fi
 STATIC_CACHE = 1024
 GENERATED = 128
 TRAINING_TOKENS = 4096
+REQUESTS = 64
 # Eager attention holds the scores of all pairs of tokens: 64 GiB a layer for 32768 tokens and 32 heads.
 LONGEST_EAGER = 8192
 
@@ -295,6 +305,20 @@ def generate(model: Any, batch: int, context: int, **how: Any) -> float:
     return milliseconds(lambda: model.generate(ids, **settings)) / GENERATED
 
 
+def batching(model: Any) -> float:
+    """Milliseconds a new token of REQUESTS requests in continuous batching, greedy; by the clock, as it has threads."""
+    prompts = [random_tokens(1, 64 + 8 * number)[0].tolist() for number in range(REQUESTS)]
+    greedy = GenerationConfig(max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=2048)
+    start = time.perf_counter()
+    outcomes = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=sizes)
+    seconds = time.perf_counter() - start
+    made = sum(len(outcome.generated_tokens) for outcome in outcomes.values())
+    if made != REQUESTS * GENERATED:
+        raise SystemExit(f"Continuous batching made {made} tokens, not {REQUESTS * GENERATED}.")
+    return seconds * 1e3 / made
+
+
 @contextmanager
 def one_layer_for_all(model: Any) -> Iterator[None]:
     """Has torch.compile make kernels for one decoder layer and use them in all: they are tuned once, and alike."""
@@ -406,6 +430,15 @@ class Bench:
                     first = " and ".join(f"{result.warm_up * GENERATED / 1e3:.1f}" for result in results.values())
                     yield backend, f"{what}, batch {batch} (first call {first} s)", work, results
 
+    def batching(self) -> Iterator[Row]:
+        for backend in self.arguments.backends:
+            if backend == "eager":
+                continue
+            results = measure(self.with_backend(backend), batching, self.arguments.rounds)
+            step = self.shape.decode(REQUESTS, 316 + GENERATED // 2)  # 316: the mean prompt
+            work = Work(step.flops / REQUESTS, step.bytes / REQUESTS)
+            yield f"paged, {backend}", f"{REQUESTS} requests", work, results
+
     def training(self) -> Iterator[Row]:
         for backend in self.arguments.backends:
             for checkpointing in (False, True):
@@ -468,7 +501,7 @@ def table(rows: Iterator[Row], family: str, ceilings: Ceilings) -> None:
 
 def main() -> None:
     backends = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
-    sections = ["generate", "prefill", "decode", "compiled", "training"]
+    sections = ["generate", "batching", "prefill", "decode", "compiled", "training"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections)

@@ -483,12 +483,11 @@ class InternLM2Model(InternLM2PreTrainedModel):
         mask = self._backend_mask(hidden_states, layout)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        paged = is_paged(past_key_values) or backend_keeps_cache(kwargs)
         kwargs = {
-            **self._packed_arguments(hidden_states, layout, max_seqlen),
+            **({} if paged else self._packed_arguments(hidden_states, layout, max_seqlen)),
             **kwargs,
-            "position_embeddings": self._position_embeddings(
-                hidden_states, layout, is_paged(past_key_values) or backend_keeps_cache(kwargs)
-            ),
+            "position_embeddings": self._position_embeddings(hidden_states, layout, paged),
             "attention_mask": mask,
             "past_key_values": past_key_values,
             "cache_kwargs": cache_slots(past_key_values, hidden_states),
@@ -533,7 +532,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
     def _packed_arguments(
         self, hidden_states: torch.Tensor, layout: TokenLayout, max_seqlen: int | None
     ) -> dict[str, Any]:
-        """How FlashAttention, which takes no mask, is told of packed sequences."""
+        """How FlashAttention, which takes no mask, is told of packed sequences; continuous batching tells it itself."""
         if layout.packed is None or "flash" not in self.config._attn_implementation:
             return {}
         return varlen_arguments(layout.packed.expand(len(hidden_states), -1), max_seqlen)

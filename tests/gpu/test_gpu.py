@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, ContinuousBatchingConfig, GenerationConfig, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from tests.models.test_model_parallel import assert_computed_as_by, torchrun
@@ -236,6 +236,51 @@ def test_generate_compiles_as_one_graph(family: Family, backend: str, masked: bo
     whole = CompileConfig(fullgraph=True)
     compiled = model.generate(ids, cache_implementation="static", compile_config=whole, **settings)
     assert torch.equal(compiled, model.generate(ids, use_cache=False, **settings))
+
+
+@over_families
+@pytest.mark.parametrize("rope", ["origin", "dynamic"])
+def test_generate_compiles_for_lengths_and_batches_as_they_come(family: Family, rope: str) -> None:
+    """As it does by itself, with nothing but a static cache asked for."""
+    model = small(family, 64, rope=rope, attn_implementation="sdpa")
+    torch.compiler.reset()
+    for batch, length in ((1, 20), (1, 20), (1, 40), (1, 64), (3, 30)):
+        ids = tokens(batch, length, seed=length).cuda()
+        mask = (torch.arange(length) >= 2 * torch.arange(batch)[:, None]).long().cuda()
+        settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        compiled = model.generate(ids, cache_implementation="static", **settings)
+        assert torch.equal(compiled, model.generate(ids, use_cache=False, **settings)), (batch, length)
+
+
+def continued(model: Any, prompts: Rows) -> torch.Tensor:
+    """16 greedy tokens after each prompt, by continuous batching, [n, 16]."""
+    greedy = GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)
+    outcomes = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts], generation_config=greedy, continuous_batching_config=sizes
+    )
+    assert [outcome.error for outcome in outcomes.values()] == [None] * len(prompts)
+    order = sorted(outcomes, key=lambda name: int(name.rpartition("_")[2]))
+    return torch.tensor([outcomes[request].generated_tokens for request in order], device="cuda")
+
+
+@over_families
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("sdpa", torch.float32), pytest.param("flash_attention_2", torch.bfloat16, marks=needs_flash)],
+)
+@torch.no_grad()
+def test_continuous_batching_of_64_requests(family: Family, backend: str, dtype: torch.dtype) -> None:
+    """Tokens that the reference, each request alone, puts behind its own by rounding only: in float32, its own."""
+    reference = small(family, 64)
+    prompts = [tokens(1, 3 + 7 * number % 97, seed=number).cuda() for number in range(64)]
+    found = continued(in_dtype(reference, backend, dtype), prompts)
+    behind = []
+    for prompt, new in zip(prompts, found, strict=True):
+        logits = reference(torch.cat((prompt, new[None]), 1)).logits[0, prompt.shape[1] - 1 : -1]
+        behind.append((logits.amax(-1) - logits.gather(-1, new[:, None]).squeeze(-1)) / logits.std())
+    furthest = torch.stack(behind).max().item()
+    assert furthest < (1e-4 if dtype is torch.float32 else 0.1)
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,3 +120,48 @@ def test_an_exported_program_takes_any_batch_and_length(family: Family, rope: st
         logits = loaded(input_ids=ids, attention_mask=mask, use_cache=False).logits
         expected = model(ids, attention_mask=mask).logits
         assert_near(logits[mask == 1], expected[mask == 1])
+
+
+CALLS = ((1, 9, 6), (1, 9, 6), (1, 14, 6), (1, 11, 6), (1, 17, 5), (2, 9, 6), (2, 12, 6))
+"""Batch, prompt, new tokens: a second call, longer and shorter prompts, as the turns of a chat are, another batch."""
+
+
+def compilations(model: Any) -> list[int]:
+    """How many graphs each of CALLS compiles, as generate() does by itself on a GPU, with its own compile_config.
+
+    Its tokens are those without a compiler.
+    """
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+    counts = []
+
+    def keep(graph: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for batch, length, new in CALLS:
+        ids = tokens(batch, length, seed=length)
+        mask = (torch.arange(length) >= torch.arange(batch)[:, None]).long()
+        settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": new, "min_new_tokens": new}
+        before = len(graphs)
+        with (
+            patch.object(type(model), "_valid_auto_compile_criteria", lambda *_: True),
+            patch("torch._inductor.compile_fx.compile_fx", keep),
+        ):
+            compiled = model.generate(ids, **settings, do_sample=False, cache_implementation="static")
+        assert torch.equal(compiled, decided(model, ids, **settings))
+        counts.append(len(graphs) - before)
+    return counts
+
+
+@over_families
+@over_ropes
+def test_generate_compiles_anew_where_llama_does(family: Family, rope: str) -> None:
+    torch.manual_seed(0)
+    config = family.config(rope, attn_implementation="sdpa", num_hidden_layers=2, initializer_range=0.2)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=config.vocab_size, initializer_range=0.2)).eval()
+    counts = compilations(family.cls("ForCausalLM")(config).eval())
+    assert counts == compilations(llama)
+    assert counts[0] == 1
+    assert sum(counts) == 3
