@@ -16,7 +16,8 @@ What flows through, for either direction:
                 open_files, kinds  reads and writes for several threads, the disk at work meanwhile; no devices or FIFOs
     mapping/    table, rules       which tensor becomes which, and how its parts lie in it
                 internlm, internlm2, llama     the rows of each; families lists what can be converted
-                family, form       what a family is, and what each of its Hugging Face folders is
+                family, form       what a family is, with the rows and choices that all share (isp); what each of its
+                                   Hugging Face folders is
                 matching           the tensors found, set against the table
                 hf_settings        config.json in the words of training
     tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,

@@ -8,7 +8,7 @@ splits it, so join and split cannot disagree: they are one statement read in two
                           [p1]                                   OnRankZero   rank 0 holds the whole, others nothing
 
 `over` is the group whose ranks the parts belong to. Tensor-parallel ranks hold whole heads (AttentionHeads);
-weight-parallel ranks hold equal runs of rows, wherever that cuts (AttentionRows, and JoinedHalves for the MLP):
+weight-parallel ranks (isp) hold equal runs of rows, wherever that cuts (AttentionRows, and JoinedHalves for the MLP):
 
     [w1; w3] of 2 ranks:  [ a b c d ]   rank 0 holds a b, rank 1 c d; saved as  rank 0: w1 = a, w3 = b
                             w1  w3                                              rank 1: w1 = c, w3 = d
