@@ -212,3 +212,35 @@ def test_without_a_thread_for_the_disk_the_bytes_are_copied(
     Copier(lambda _: None).gather([[move] for move in moves])
     assert not ranges
     assert_gathered(moves, dim)
+
+
+def test_a_full_tensor_that_lies_in_no_file_is_gathered_block_by_block(tmp_path: Path) -> None:
+    """From the halves of its rows to the halves of its columns; a part that is not what its source says is told."""
+    rows, columns = tmp_path / "rows", tmp_path / "columns"
+    for folder in (rows, columns):
+        folder.mkdir()
+    fulls = [stored(tmp_path, f"full{number}", 0, (1536, 1024)) for number in range(2)]
+    sources = [Move(full, move.pairs) for full, move in zip(fulls, halves(rows, 0), strict=True)]
+    targets = [Move(one.full, halves(columns, 1)[n].pairs, source=one) for n, one in enumerate(sources)]
+    fill([part.tensor for n in range(2) for _, part in halves(rows, 0)[n].pairs])
+    for rank in range(2):
+        (columns / f"rank{rank}").write_bytes(bytes(128 + 2 * 3 * MIB))
+    tasks = [[move] for move in targets]
+    checksums = Copier(lambda _: None).scatter(tasks)
+    for number in range(2):
+        halves_of_rows = [torch_of(rows / f"rank{r}", number, (768, 1024)) for r in range(2)]
+        halves_of_columns = [torch_of(columns / f"rank{r}", number, (1536, 512)) for r in range(2)]
+        assert torch.equal(torch.cat(halves_of_rows, 0), torch.cat(halves_of_columns, 1))
+        for rank, part in enumerate(halves_of_columns):
+            assert checksums[columns / f"rank{rank}"][f"part{number}"] == zlib.crc32(part.numpy().tobytes())
+    assert Copier(lambda _: None).differences(tasks) == []
+    content = bytearray((columns / "rank1").read_bytes())
+    content[128 + 5 * MIB] ^= 1
+    (columns / "rank1").write_bytes(content)
+    assert Copier(lambda _: None).differences(tasks) == [targets[1]]
+
+
+def torch_of(path: Path, number: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A part as unsigned numbers, which are equal where their bits are."""
+    content = path.read_bytes()[128 + number * 3 * MIB :][: 3 * MIB]
+    return torch.frombuffer(bytearray(content), dtype=torch.int32).view(shape)
