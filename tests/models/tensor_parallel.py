@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/models/tensor_parallel.py FAMILY FOLDER OUT
 
 On GPUs with NCCL where there are enough of them, else on the CPU with gloo. Process 0 writes the logits, the greedy
-tokens and the backend to OUT.
+tokens, with a dynamic cache and by compiled steps with a static one, and the backend to OUT.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import CompileConfig
 
 from tests.support.model_families import FAMILIES, tokens
 
@@ -31,11 +32,21 @@ def main(name: str, folder: str, out: str) -> None:
     ids = tokens(2, 40).to(model.device)
     with torch.no_grad():
         logits = model(ids).logits
-    generated = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    generated = model.generate(ids, **settings)
+    compiling = CompileConfig(backend="aot_eager")
+    compiling._compile_all_devices = True  # the CPU, too
+    compiled = model.generate(ids, **settings, cache_implementation="static", compile_config=compiling)
     weight = model.get_input_embeddings().weight
     rows = len(weight.to_local() if isinstance(weight, DTensor) else weight)
     if dist.get_rank() == 0:
-        found = {"logits": logits, "generated": generated, "backend": dist.get_backend(), "embedding_rows": rows}
+        found = {
+            "logits": logits,
+            "generated": generated,
+            "compiled": compiled,
+            "backend": dist.get_backend(),
+            "embedding_rows": rows,
+        }
         torch.save(found, Path(out))
     dist.barrier()
     dist.destroy_process_group()

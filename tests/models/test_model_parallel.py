@@ -38,12 +38,15 @@ def assert_computed_as_by(model: Any, result: dict[str, Any]) -> None:
     ids = tokens(2, 40).to(model.device)
     with torch.no_grad():
         assert_near(result["logits"], model(ids).logits)
-    assert torch.equal(result["generated"], decided(model, ids, max_new_tokens=6, min_new_tokens=6))
+    expected = decided(model, ids, max_new_tokens=6, min_new_tokens=6)
+    assert torch.equal(result["generated"], expected)
+    assert torch.equal(result["compiled"], expected)
 
 
 @over_families
 def test_two_processes_compute_what_one_does(family: Family, tmp_path: Path) -> None:
     model = family.model("dynamic")
+    assert model.config.bias
     model.save_pretrained(tmp_path / "folder")
     run = torchrun(family, tmp_path / "folder", tmp_path / "out.pt")
     assert run.returncode == 0, run.stderr
