@@ -100,7 +100,7 @@ def in_our_words(forward: Callable) -> Callable:
 
     The cache is the argument that is one, whatever its name; `forward` gets it as `past_key_values`, and the output
     has it under the name that it came by, too. With `return_dict=False`, here or in the config, the output is a tuple,
-    and so it is under InternEvo's trainer, which passes its elements to the loss.
+    and so it is under InternEvo's trainer, which passes its elements to the loss and never a cache.
     """
 
     @functools.wraps(forward)
@@ -112,7 +112,8 @@ def in_our_words(forward: Callable) -> Callable:
             if name not in ("past_key_values", CACHE_NAME):
                 output[name] = arguments["past_key_values"]
         if return_dict is None:
-            return_dict = self.config.return_dict and not self.is_in_internevo
+            is_training_step = self.is_in_internevo and arguments.get("past_key_values") is None
+            return_dict = self.config.return_dict and not is_training_step
         return output if return_dict else output.to_tuple()
 
     # generate() looks at the parameters at every step, and finds them here without searching.
@@ -327,15 +328,26 @@ def with_tensor_parallelism(arguments: dict[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------ InternEvo's trainer
 
+INTERNEVO_NAMES = (
+    "global_context",
+    "ParallelMode",
+    "IS_REPLICA_ZERO_PARALLEL",
+    "IS_TENSOR_DATA_PARALLEL",
+    "IS_TENSOR_ZERO_PARALLEL",
+)
+
 
 def internevo() -> Any:
     """InternEvo's module `internlm.core.context` where its trainer was started in this process, else None.
 
-    It is looked up among what is imported already: these models import nothing of the framework.
+    It is looked up among what is imported already: these models import nothing of the framework. Another package of
+    that name is none, nor is a version of the framework that knows no marks, whose trainer asks for none.
     """
     module = sys.modules.get("internlm.core.context")
-    context = getattr(module, "global_context", None)
-    started = context is not None and context.is_initialized(module.ParallelMode.TENSOR)  # type: ignore[union-attr]
+    if module is None or not all(hasattr(module, name) for name in INTERNEVO_NAMES):
+        return None
+    context = module.global_context
+    started = getattr(context, "config", None) is not None and context.is_initialized(module.ParallelMode.TENSOR)
     return module if started else None
 
 
@@ -347,7 +359,7 @@ def mark_for_internevo(model: nn.Module) -> bool:
     framework = internevo()
     if framework is None:
         return False
-    tensor = framework.global_context.config.parallel["tensor"]
+    tensor = framework.global_context.config.parallel.get("tensor")
     if isinstance(tensor, dict) and tensor.get("mode") == "isp":
         mark = framework.IS_TENSOR_DATA_PARALLEL
     elif framework.global_context.get_world_size(framework.ParallelMode.TENSOR) > 1:

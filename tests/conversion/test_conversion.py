@@ -257,6 +257,7 @@ def refusal(family: str, source: Path, tokenizer: Path, capsys: pytest.CaptureFi
     [
         {},
         {"wp": 2},
+        {"tp": 2, "wp": 1},
         {"wp": 4, "isp_2025": True},
         {"tp": 2, "whole": True},
         {"tp": 2, "wp": 4, "whole": True},

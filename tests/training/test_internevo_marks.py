@@ -97,6 +97,25 @@ def test_what_asks_for_named_outputs_gets_them(family: Family, start: Start) -> 
     model = family.model()
     assert isinstance(model(ids, return_dict=True), ModelOutput)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    guessing = {"max_new_tokens": 4, "do_sample": False, "prompt_lookup_num_tokens": 2}  # passes no return_dict
+    assert torch.equal(model.generate(ids, **guessing), expected)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(global_context={}),
+        SimpleNamespace(global_context={}, ParallelMode=SimpleNamespace()),
+        SimpleNamespace(global_context=SimpleNamespace(config=None), ParallelMode=SimpleNamespace(), **MARKS),
+    ],
+    ids=["empty", "a dict", "no marks", "not launched"],
+)
+def test_another_module_of_that_name_is_not_the_framework(
+    family: Family, monkeypatch: pytest.MonkeyPatch, module: SimpleNamespace
+) -> None:
+    monkeypatch.setitem(sys.modules, "internlm.core.context", module)
+    assert isinstance(family.model()(tokens(1, 5)), ModelOutput)
 
 
 def test_a_framework_that_is_only_imported_changes_nothing(family: Family, start: Start) -> None:

@@ -27,7 +27,9 @@ MODEL_CONFIG = "model_config.pt"
 HEADS = ("norm.weight", "head.weight", "output.weight", "lm_head.weight")
 """What stands behind the last layer."""
 HF_OUTPUTS = ("layers.0.self_attn.o_proj.weight", "layers.0.attention.wo.weight")
-"""A square weight of a Hugging Face class, which every run that cuts anything cuts."""
+"""A square weight of a Hugging Face class, which every run that cuts layers cuts."""
+HF_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
+"""Cut over the tensor-parallel ranks where layers are whole, as with isp of weight-parallel size 1."""
 WORD_EMBEDDINGS = ".word_embeddings"
 """In the name of an embedding that is split along the vocabulary."""
 
@@ -69,8 +71,9 @@ class TrainingCheckpoint:
 
     def of_hf_class(self, config: dict[str, Any], where: Path) -> TrainingCheckpoint:
         """The same with the settings of the class. Unless its modules were replaced, each rank has it whole."""
-        shapes = {tensor.shape for tensor in map(self.first, HF_OUTPUTS) if tensor is not None}
-        whole = shapes == {(config["hidden_size"], config["hidden_size"])}
+        hidden, vocab = config["hidden_size"], config["vocab_size"]
+        found = [self.first(name) for name in (*HF_OUTPUTS, *HF_EMBEDDINGS)]
+        whole = [tensor.shape for tensor in found if tensor is not None] == [(hidden, hidden), (vocab, hidden)]
         return replace(self, config=config, config_file=where, grid=replace(self.grid, of_copies=whole))
 
 
