@@ -8,6 +8,8 @@ READY := $(VENV)/.installed
 .DEFAULT_GOAL := demo
 
 $(READY): requirements.lock
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, but $(PYTHON) is \
+	%s: name another, as in make PYTHON=python3.12' % sys.version.split()[0])"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	touch $@

@@ -51,6 +51,7 @@ CHECKED_ONLY = {
     "make": "would run this test again: the target must be in the Makefile",
     "pip": "installs into this environment: the extras must be in pyproject.toml",
     "hf": "needs the network: its flags must be in its --help",
+    "cp": "copies into such a download: it must copy the modules of a package",
     ".venv/bin/python": "runs tests: the file must exist",
 }
 """Commands that are not run, and what is looked at instead."""
@@ -183,6 +184,10 @@ def test_commands_that_are_not_run_are_there() -> None:
             tool = Path(sys.executable).with_name("hf")
             known = subprocess.run([tool, words[0], "--help"], check=True, capture_output=True, text=True).stdout
             assert all(word in known for word in words if word.startswith("--")), command
+        elif program == "cp":
+            package = REPOSITORY / Path(words[0]).parent.name
+            copied = set(package.glob(Path(words[0]).name))
+            assert copied == set(package.glob("*.py")) - {package / "__init__.py"} != set(), command
         else:
             assert (REPOSITORY / words[-1]).is_file(), command
     assert seen == set(CHECKED_ONLY)
