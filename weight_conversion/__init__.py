@@ -7,6 +7,7 @@ What flows through, for either direction:
     folders/    internevo_folder   which shards there are, pipeline stages renumbered, model_config.pt
                 grid, numbering    which file belongs to which ranks; how stages number their layers
                 hf_folder          index, shards, config.json and the small files beside them
+                sources            what --src is, and what to give instead
                 model_folder       what --force may replace
     files/      torch_file         one .pt / .bin file          safetensors_file   one .safetensors file
                 plain_pickle       the pickle in a .pt file, of which nothing is run

@@ -37,6 +37,9 @@ ADDRESS_SPACE_NEEDED = 200 << 20
 DTYPES = ("float16", "bfloat16", "float32")
 
 
+MAX_POS = "max_position_embeddings of the model (the length it was trained with; it is not in the checkpoint)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that ends its error messages with an example of the right call.
 
@@ -142,7 +145,7 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
     )
     add("--dtype", choices=DTYPES, default="bfloat16", help="type of the weights that are written")
     add("--max_shard", type=size, default="10GB", help="largest size of one weight file, for example 10GB or 500MB")
-    add("--max_pos", type=positive, default=4096, help="max_position_embeddings of the model")
+    add("--max_pos", type=positive, default=4096, help=MAX_POS)
     add(
         "--rotary_type",
         choices=("origin", "dynamic"),

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ..errors import ConversionError
+from ..errors import ConversionError, listed
 
 
 class Group(Enum):
@@ -64,6 +65,7 @@ GATHER = (
     "Load it in the run that saved it, gather the whole state there (fully sharded data parallel: FULL_STATE_DICT) and "
     "save that as model_tp0_pp0.pt"
 )
+STEP = "the folder of one step of an InternEvo checkpoint, such as ckpt/1000"
 UNSUPPORTED = {
     re.compile(r"model_tp\d+_pp\d+_(dp|zo)\d+\.pt"): ("fsdp (weights split over data-parallel ranks)", GATHER),
     re.compile(r"model_moe_.*\.pt"): (
@@ -113,9 +115,21 @@ def grid_of(names: FileNames, tp_size: int, wp_size: int, pp_size: int) -> Grid:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether there are files of training in the folder, whole grid or not."""
+    """Whether there are files of training in the folder: whole grid or not, of a layout that can be read or not."""
+    patterns = [*(known.pattern for known in KNOWN_NAMES), *UNSUPPORTED]
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return any(known.pattern.fullmatch(name) for known in KNOWN_NAMES for name in names)
+    return any(pattern.fullmatch(name) for pattern in patterns for name in names)
+
+
+def where_shards_are(folder: Path) -> str:
+    """A sentence, after a space, that names the folders in `folder` that hold shards; "" where there is none."""
+    below = [path for path in folder.iterdir() if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
+    steps = sorted((path for path in below if holds_shards(path)), key=_by_step, reverse=True)
+    return f" Shards are in {listed([str(path) for path in steps])}." if steps else ""
+
+
+def _by_step(path: Path) -> tuple[int, str]:
+    return int(path.name) if path.name.isdecimal() else -1, path.name
 
 
 def found_grid(folder: Path) -> tuple[Grid, dict[tuple[int, int], Path]]:
@@ -127,7 +141,7 @@ def found_grid(folder: Path) -> tuple[Grid, dict[tuple[int, int], Path]]:
     if not layouts:
         raise ConversionError(
             f"{folder} holds no shard model_tp*_pp*.pt, and none of isp (model_tp*_wp*_pp*.pt, model_wp*_pp*.pt). "
-            "--src takes the folder of one step of an InternEvo checkpoint, such as ckpt/1000."
+            f"--src takes {STEP}.{where_shards_are(folder)}"
         )
     if len(layouts) > 1:
         raise ConversionError(

@@ -93,8 +93,6 @@ def verify_files(folder: HFFolder) -> None:
 
 def has_weights(folder: Path, weights: WeightFormat) -> bool:
     """Whether the folder holds weight files of this format."""
-    if not folder.is_dir():
-        raise ConversionError(f"{folder} is not a folder. --src takes a folder that save_pretrained wrote.")
     return os.path.lexists(folder / weights.single) or any(folder.glob(weights.sharded))
 
 
@@ -115,8 +113,18 @@ def _weight_files(folder: Path, weights: WeightFormat) -> tuple[dict[str, str], 
         return weight_map, files
     files = sorted(folder.glob(weights.sharded))
     if not files:
-        raise ConversionError(f"{folder} holds neither {weights.single} nor {weights.sharded}.")
+        raise ConversionError(
+            f"{folder} holds neither {weights.single} nor {weights.sharded}. {_advice(folder, weights)}"
+        )
     return {}, files
+
+
+def _advice(folder: Path, weights: WeightFormat) -> str:
+    if weights is SAFETENSORS and has_weights(folder, TORCH):
+        return f"It holds .bin files ({TORCH.single}): leave --safetensors out."
+    return (
+        f"It holds no .bin files ({TORCH.single}) either: copy the weights to its {CONFIG}, or fetch the folder again."
+    )
 
 
 def _passed_over(
@@ -141,12 +149,10 @@ def _inside(folder: Path, name: str, index_file: Path) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ConversionError where the file is missing or holds something else."""
+def read_json(path: Path, advice: str = "Copy it there, or fetch the folder again.") -> dict[str, Any]:
+    """A JSON object; ConversionError, with `advice` where the file is missing, or where it holds something else."""
     if not path.is_file():
-        raise ConversionError(
-            f"{path} is missing. --src takes a Hugging Face folder; an InternEvo checkpoint is for convert2hf_*.py."
-        )
+        raise ConversionError(f"{path} is missing. {advice}")
     try:
         with naming(path):
             content = json.loads(path.read_bytes())

@@ -84,8 +84,6 @@ def _is_prefixed(tensor: StoredTensor) -> bool:
 
 def read_checkpoint(folder: Path) -> TrainingCheckpoint:
     """Finds the shards and their tensors, reading headers only; ConversionError where the folder is not whole."""
-    if not folder.is_dir():
-        raise ConversionError(f"{folder} is not a folder. --src takes the folder that holds model_tp0_pp0.pt.")
     grid, files = found_grid(folder)
     config_file = folder / MODEL_CONFIG
     if not config_file.is_file():

@@ -105,6 +105,7 @@ def shared_out(num_layers: int, stages: int, chunks: int = 1) -> Numbering:
         raise ValueError(f"{num_layers} layers do not divide into {chunks} chunks")
     size, over = divmod(per_chunk, stages)
     if size == 0:
-        raise ValueError(f"{num_layers} layers in {chunks} chunks are too few for {stages} stages")
+        dealt = f" in {chunks} chunks" if chunks > 1 else ""
+        raise ValueError(f"{num_layers} layers{dealt} are too few for {stages} stages")
     counts = {(chunk, stage): size + (stage >= stages - over) for chunk in range(chunks) for stage in range(stages)}
     return found_numbering(counts, v_shaped=False)

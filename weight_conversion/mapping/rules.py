@@ -69,6 +69,11 @@ class ModelShape:
 Shapes = Sequence[tuple[int, ...]]
 
 
+def divisors(number: int) -> str:
+    """The sizes of a group, up to 1024, that divide `number`, for a sentence."""
+    return ", ".join(str(size) for size in range(1, min(number, 1024) + 1) if number % size == 0)
+
+
 class IndivisibleError(ValueError):
     """A tensor that the ranks cannot share equally; `by_rows`: it is its rows that do not divide."""
 
@@ -236,7 +241,9 @@ class AttentionHeads:
 
     def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
         if shape.num_kv_heads % size:
-            raise ValueError(f"{shape.num_kv_heads} key/value heads do not divide by {size}")
+            raise ValueError(
+                f"{shape.num_kv_heads} key/value heads do not divide by {size}, but by {divisors(shape.num_kv_heads)}"
+            )
         kv_rows = shape.kv_rows // size
         return self.training.shapes((kv_rows * shape.group, kv_rows, kv_rows), fulls[0][1:])
 

@@ -28,6 +28,7 @@ from ..folders.hf_folder import (
     write_json,
 )
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
+from ..folders.sources import check_checkpoint
 from ..mapping.family import Family, positive_number
 from ..mapping.form import Form, Rope
 from ..mapping.hf_settings import training_settings
@@ -102,6 +103,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
 
 
 def _understand(family: Family, form: Form, request: ConvertRequest, reporter: Reporter) -> _Source:
+    check_checkpoint(request.source)
     checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
     found = understood(family, form.table, checkpoint, request.version)
     return _Source(**vars(found), normalizes_head=_normalizes_head(checkpoint, request))
@@ -125,7 +127,8 @@ def _with_true_settings(
             f"{MODEL_CONFIG}. Leave --config out."
         )
     where = request.config / CONFIG if request.config.is_dir() else request.config
-    settings = training_settings(read_json(where), where, reporter.warn)
+    advice = "--config takes the config.json of the class that training ran on, or a folder with one."
+    settings = training_settings(read_json(where, advice), where, reporter.warn)
     return checkpoint.of_hf_class(settings, where)
 
 

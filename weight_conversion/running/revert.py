@@ -11,11 +11,12 @@ from ..errors import ConversionError, UndecidedError, listed, naming, shown
 from ..files.copying import Copier, Move, Task
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec, contiguous_strides
-from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of, holds_shards
+from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
 from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, has_weights, read_folder, verify_files
 from ..folders.internevo_folder import TrainingCheckpoint, read_checkpoint, shard_writers, write_model_config
 from ..folders.internevo_folder import verify_files as verify_checkpoint
 from ..folders.numbering import Numbering, shared_out
+from ..folders.sources import is_checkpoint
 from ..mapping.family import (
     HALVES,
     HIDDEN_SPLIT,
@@ -31,7 +32,7 @@ from ..mapping.family import (
 )
 from ..mapping.hf_settings import DEFAULT_POSITIONS, rope_of
 from ..mapping.matching import Match, copies_of, match_hf, part_specs
-from ..mapping.rules import ModelShape
+from ..mapping.rules import ModelShape, divisors
 from ..mapping.table import Entry, Layout
 from .publishing import Publication
 from .reporting import Reporter
@@ -123,7 +124,7 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
 
 
 def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
-    if holds_shards(request.source) and not (request.source / CONFIG).exists():
+    if is_checkpoint(request.source):
         return _understand_checkpoint(family, request)
     return _understand_folder(family, request, reporter)
 
@@ -132,8 +133,9 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
     weights = SAFETENSORS
     if not request.safetensors:
         weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
-        reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
     folder = read_folder(request.source, weights)
+    if not request.safetensors:
+        reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
     if folder.passed_over:
         reporter.warn(
             f"{request.source} also holds {listed(folder.passed_over)}, not read: a single file comes before an index, "
@@ -257,14 +259,15 @@ def _run(request: RevertRequest, shape: ModelShape) -> Run:
     if request.wp_size is not None and shape.num_kv_heads % request.tp_size:
         raise ConversionError(
             f"--tp_size {request.tp_size} does not divide the {shape.num_kv_heads} key/value heads, which isp deals "
-            "out over the tensor-parallel ranks. Choose one that does."
+            f"out over the tensor-parallel ranks. Choose one that does: {divisors(shape.num_kv_heads)}."
         )
     try:
         return Run(request.grid, shared_out(shape.num_layers, request.pp_size, request.num_chunks))
     except ValueError as error:
+        chunks = f" in --num_chunks {request.num_chunks} chunks" if request.num_chunks > 1 else ""
         raise ConversionError(
-            f"the model cannot be shared out over --pp_size {request.pp_size} stages in --num_chunks "
-            f"{request.num_chunks} chunks: {error}. Choose sizes that InternEvo can build."
+            f"the model cannot be shared out over --pp_size {request.pp_size} stages{chunks}: {error}. Choose sizes "
+            "that InternEvo can build."
         ) from error
 
 
