@@ -96,7 +96,7 @@ def _try(
     """What came of every folder in every way, by the names of way and folder, and the versions that ran."""
     made = make(tool)
     partly = bool(only.way or only.folder)
-    start, cells = time.monotonic(), dict(before["cells"]) if partly else {}
+    start, cells = time.monotonic(), dict(before.get("cells", {})) if partly else {}
     for way in tool.ways:
         for case in way.cases():
             if only.way not in (None, way.name) or only.folder not in (None, case.name):
@@ -106,7 +106,7 @@ def _try(
             cells[f"{way.name} | {case.name}"] = result.as_json()
             print(f"{tool.title}, {way.name}, {case}: {result.wrong or 'right'} {result.agreed}", flush=True)
     return made | {
-        "tried_minutes": before["tried_minutes"] if partly else round((time.monotonic() - start) / 60, 1),
+        "tried_minutes": round((time.monotonic() - start) / 60 + (before.get("tried_minutes", 0) if partly else 0), 1),
         "ours": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "cells": cells,
     }
@@ -147,6 +147,8 @@ def _failures(tool: Tool, cells: Mapping[str, Any]) -> list[str]:
     failures = []
     for way in tool.ways:
         for case in way.cases():
+            if f"{way.name} | {case.name}" not in cells:
+                continue  # not run yet
             wrong, why = cells[f"{way.name} | {case.name}"]["wrong"], tool.why(way.name, case)
             if wrong and not why:
                 failures.append(f"{tool.title}, {way.name}, {case}: {wrong}")
