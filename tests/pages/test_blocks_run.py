@@ -14,6 +14,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -146,6 +147,22 @@ def test_every_command_of_the_pages_succeeds(workplace: Workplace) -> None:
         where = workplace.holder if words[1].startswith(HELD_AS) else workplace.inside
         target = where / words[words.index("--tgt") + 1]
         assert (target / ("config.json" if "convert2hf" in words[1] else "model_config.pt")).exists()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_what_the_pages_make_in_this_folder_is_no_change_to_git(workplace: Workplace, tmp_path: Path) -> None:
+    """Nor to the linter, which leaves out what git ignores."""
+    made = {path.name for path in workplace.inside.iterdir() if not path.is_symlink() or path.name.endswith(".model")}
+    written = {"chat.py", "shapes.py", "internlm-7b", "internlm2-7b"}  # by whoever follows example.md and training.md
+    for name in (".gitignore", *made, *written):
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).touch()
+    for folder in (path for path in tmp_path.iterdir() if path.is_dir()):
+        (folder / "config.json").touch()
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    status = ["git", "status", "--porcelain", "--untracked-files=all"]
+    changed = subprocess.run(status, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert changed.split() == ["??", ".gitignore"]
 
 
 def test_both_forms_of_every_command_are_shown() -> None:
