@@ -157,7 +157,7 @@ def signalled_at_random(place: Place, direction: str, number: int, runs: int, se
     result, verdicts = expected_result(place, command), []
     for run in range(runs):
         force = bool(run % 2)
-        before = _fill_target(place, force)
+        before = _fill_target(place, direction, force)
         child = Child(*command(place, *(["--force"] if force else [])), Conditions(place.root))
         child.until("ready")
         time.sleep(random.uniform(0, RUN_SECONDS))
@@ -197,22 +197,26 @@ def _disturbed(
     command = COMMANDS[direction]
     result = expected_result(place, command)
     more = ["--force"] if force else []
-    _fill_target(place, force)
+    _fill_target(place, direction, force)
     operations = count_operations(*command(place, *more), place.root)
     shutil.rmtree(place.target)
     for moment in range(1, operations + 1, one_in):
-        before = _fill_target(place, force)
+        before = _fill_target(place, direction, force)
         outcome = run_child(*command(place, *more), conditions(moment))
         yield outcome, _assert_nothing_lost(place, before, result)
         _assert_next_run_completes(place, command, result)
 
 
-def _fill_target(place: Place, force: bool) -> dict[str, bytes]:
+WEIGHTS = {"convert": "model.safetensors", "revert": "model_tp0_pp0.pt"}
+"""A name that a folder of the kind that each direction writes has."""
+
+
+def _fill_target(place: Place, direction: str, force: bool) -> dict[str, bytes]:
     """With `force` a target that is to be replaced."""
     if force:
         place.target.mkdir()
-        (place.target / "model.safetensors").write_text("old")
-    return {"model.safetensors": b"old"} if force else {}
+        (place.target / WEIGHTS[direction]).write_text("old")
+    return {WEIGHTS[direction]: b"old"} if force else {}
 
 
 def _assert_nothing_lost(place: Place, before: dict[str, bytes], result: Result) -> bool:

@@ -46,6 +46,7 @@ from tests.faults.fault_moments import (
     AS_BEFORE,
     COMMANDS,
     REFUSED,
+    WEIGHTS,
     Place,
     expected_result,
     failing_at_operations,
@@ -1150,12 +1151,12 @@ def test_a_target_in_the_lower_layer_of_an_overlay(direction: str, place: Place)
     layers = [place.root.parent / name for name in ("lower", "upper", "work_folder")]
     for folder in (*layers, layers[0] / "empty", layers[0] / "full"):
         folder.mkdir()
-    (layers[0] / "full" / "model.safetensors").write_text("old")
+    (layers[0] / "full" / WEIGHTS[direction]).write_text("old")
     options = "lowerdir={},upperdir={},workdir={},redirect_dir=off".format(*layers)
     with mounted(place.root.parent / "disk", options, "overlay") as disk:
         outcome = run_script(*COMMANDS[direction](place, "--force", target=disk / "full"))
         assert_refused(outcome, str(disk / "full"), "cannot be replaced", "layer", os.strerror(errno.EXDEV))
-        assert contents(disk / "full") == {"model.safetensors": b"old"}
+        assert contents(disk / "full") == {WEIGHTS[direction]: b"old"}
         assert run_script(*COMMANDS[direction](place, target=disk / "empty")).status == 0
         assert sorted(path.name for path in disk.iterdir()) == ["empty", "full"]
 

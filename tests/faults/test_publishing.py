@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from weight_conversion.errors import ConversionError
+from weight_conversion.folders.model_folder import CHECKPOINT, HUGGING_FACE, Kind
 from weight_conversion.running import publishing
 from weight_conversion.running.publishing import MARK, Publication
 
@@ -25,7 +26,7 @@ FILE = "model.safetensors"
 
 def publish(target: Path, *, force: bool = False, then: Callable[[], object] = lambda: None) -> None:
     """Publishes a folder of one file; `then` happens when that file is written."""
-    with Publication(target, force=force) as folder:
+    with Publication(target, HUGGING_FACE, force=force) as folder:
         (folder / FILE).write_text("new")
         then()
 
@@ -67,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def test_the_target_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with Publication(tmp_path / "hf", force=False) as folder:
+    with Publication(tmp_path / "hf", HUGGING_FACE, force=False) as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / FILE).write_text("new")
         assert names(tmp_path) == [".hf.partial"]
@@ -104,8 +105,8 @@ def test_a_relative_target_and_one_with_a_final_slash(tmp_path: Path, monkeypatc
 def test_a_filled_target_is_replaced_with_force_alone_and_at_the_end(tmp_path: Path) -> None:
     target = filled(tmp_path / "hf", "old")
     with pytest.raises(ConversionError, match=r"hf exists and is not empty.*--force"):
-        Publication(target, force=False)
-    with Publication(target, force=True) as folder:
+        Publication(target, HUGGING_FACE, force=False)
+    with Publication(target, HUGGING_FACE, force=True) as folder:
         (folder / FILE).write_text("new")
         assert (target / FILE).read_text() == "old"
     assert (target / FILE).read_text() == "new"
@@ -165,7 +166,7 @@ def test_every_file_is_flushed_before_the_target_appears(tmp_path: Path, monkeyp
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", checked_rename)
-    with Publication(tmp_path / "hf", force=False) as folder:
+    with Publication(tmp_path / "hf", HUGGING_FACE, force=False) as folder:
         (folder / FILE).write_text("new")
         (folder / "inner").mkdir()
         (folder / "inner" / "other").write_text("new")
@@ -201,14 +202,14 @@ def test_what_was_being_replaced_is_put_back_and_then_protected(made_again: bool
         (tmp_path / "hf").mkdir()
     left_by_a_killed_run(tmp_path, old="old", new="new")
     with pytest.raises(ConversionError, match="not empty"):
-        Publication(tmp_path / "hf", force=False)
+        Publication(tmp_path / "hf", HUGGING_FACE, force=False)
     assert names(tmp_path) == ["hf"]
     assert (tmp_path / "hf" / FILE).read_text() == "old"
 
 
 def test_what_was_being_replaced_is_put_back_and_then_replaced_with_force(tmp_path: Path) -> None:
     left_by_a_killed_run(tmp_path, old="old", new="half")
-    with Publication(tmp_path / "hf", force=True) as folder:
+    with Publication(tmp_path / "hf", HUGGING_FACE, force=True) as folder:
         (folder / FILE).write_text("new")
         assert (tmp_path / "hf" / FILE).read_text() == "old"
     assert names(tmp_path) == ["hf"]
@@ -221,7 +222,7 @@ def test_what_was_replaced_is_removed_by_the_next_run_even_if_that_is_refused(na
     left_by_a_killed_run(tmp_path, **{name: "old"})
     filled(tmp_path / "hf", "new")
     with pytest.raises(ConversionError, match="not empty"):
-        Publication(tmp_path / "hf", force=False)
+        Publication(tmp_path / "hf", HUGGING_FACE, force=False)
     assert names(tmp_path) == ["hf"]
     assert (tmp_path / "hf" / FILE).read_text() == "new"
 
@@ -229,7 +230,7 @@ def test_what_was_replaced_is_removed_by_the_next_run_even_if_that_is_refused(na
 def test_half_of_what_was_replaced_is_never_put_back(tmp_path: Path) -> None:
     """Killed while it removed the old content, and the user removed the new one since."""
     left_by_a_killed_run(tmp_path, trash="half of the old")
-    Publication(tmp_path / "hf", force=False)
+    Publication(tmp_path / "hf", HUGGING_FACE, force=False)
     assert names(tmp_path) == []
 
 
@@ -277,7 +278,7 @@ def test_what_was_replaced_and_cannot_be_removed_is_told_and_removed_by_the_next
     target = filled(tmp_path / "hf", "old")
     with monkeypatch.context() as patch:
         cannot_be_removed(patch, "trash")
-        with Publication(target, force=True, warn=warnings.append) as folder:
+        with Publication(target, HUGGING_FACE, force=True, warn=warnings.append) as folder:
             (folder / FILE).write_text("new")
         assert len(warnings) == 1
         assert re.search(r"hf is complete, but \S+\.hf\.partial .*Directory not empty: \S+\.nfs01", warnings[0])
@@ -293,18 +294,18 @@ def test_what_was_replaced_and_cannot_be_removed_is_told_and_removed_by_the_next
 
 
 def test_a_second_run_is_refused_and_harms_nothing(tmp_path: Path) -> None:
-    with Publication(tmp_path / "hf", force=False) as folder:
+    with Publication(tmp_path / "hf", HUGGING_FACE, force=False) as folder:
         (folder / FILE).write_text("new")
         for force in (False, True):
             with pytest.raises(ConversionError, match="another run is writing"):
-                Publication(tmp_path / "hf", force=force)
+                Publication(tmp_path / "hf", HUGGING_FACE, force=force)
         publish(tmp_path / "other")
     assert (tmp_path / "hf" / FILE).read_text() == "new"
     assert names(tmp_path) == ["hf", "other"]
 
 
 def test_a_run_that_begins_between_check_and_start_is_respected(tmp_path: Path) -> None:
-    late = Publication(tmp_path / "hf", force=False)
+    late = Publication(tmp_path / "hf", HUGGING_FACE, force=False)
     with locked(tmp_path / ".hf.partial"):
         (tmp_path / ".hf.partial" / MARK).touch()
         with pytest.raises(ConversionError, match="another run is writing"), late:
@@ -351,7 +352,7 @@ def test_without_locks_a_folder_with_content_is_left_alone(tmp_path: Path, monke
 
 def test_the_root_is_no_target() -> None:
     with pytest.raises(ConversionError, match="root"):
-        Publication(Path("/"), force=True)
+        Publication(Path("/"), HUGGING_FACE, force=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -458,6 +459,51 @@ def test_force_replaces_model_files_alone(others: list[str], tmp_path: Path) -> 
     assert names(tmp_path) == ["hf"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "held", "file"),
+    [
+        (HUGGING_FACE, "training checkpoint", "model_tp0_pp0.pt"),
+        (HUGGING_FACE, "training checkpoint", "model_tp0_wp0_pp0.pt"),
+        (CHECKPOINT, "Hugging Face folder", "model.safetensors"),
+        (CHECKPOINT, "Hugging Face folder", "pytorch_model-00001-of-00002.bin"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_force_does_not_replace_a_folder_of_the_other_kind(kind: Kind, held: str, file: str, tmp_path: Path) -> None:
+    target = tmp_path / "old"
+    target.mkdir()
+    (target / file).write_text("kept")
+    words = rf"old holds a {held} \({re.escape(file)}\): --force of this script replaces a {kind.name} only"
+    with pytest.raises(ConversionError, match=words):
+        Publication(target, kind, force=True)
+    (target / file).rename(target / "away")
+    for name in (FILE, "model_tp0_pp0.pt"):  # both kinds at one place
+        (target / name).write_text("kept")
+    with pytest.raises(ConversionError, match=f"old holds a {held}"):
+        Publication(target, kind, force=True)
+
+
+def test_a_shard_is_replaced_by_a_checkpoint(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    target.mkdir()
+    for name in ("model_tp0_pp0.pt", "model_config.pt", "model_tp0_pp0.pt.md5"):
+        (target / name).write_text("old")
+    with Publication(target, CHECKPOINT, force=True) as folder:
+        (folder / "model_tp0_pp0.pt").write_text("new")
+    assert names(target) == ["model_tp0_pp0.pt"]
+
+
+def test_a_package_of_the_models_own_modules_is_replaced(tmp_path: Path) -> None:
+    """An __init__.py elsewhere is somebody's program."""
+    target = filled(tmp_path / "hf", "old")
+    (target / "__init__.py").touch()
+    with pytest.raises(ConversionError, match=r"hf holds __init__\.py"):
+        publish(target, force=True)
+    (target / "modeling_internlm2.py").touch()
+    publish(target, force=True)
+    assert names(target) == [FILE]
+
+
 def test_other_files_that_come_while_a_run_writes_are_not_lost(tmp_path: Path) -> None:
     target = filled(tmp_path / "hf", "old")
     with pytest.raises(ConversionError, match=r"hf holds notes\.txt"):
@@ -508,7 +554,7 @@ def test_a_target_that_is_or_holds_the_source_is_refused(place: str, tmp_path: P
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ConversionError):
-        Publication(tmp_path / place, force=True, sources=(source, tmp_path / "loop"))
+        Publication(tmp_path / place, HUGGING_FACE, force=True, sources=(source, tmp_path / "loop"))
     assert (source / FILE).read_text() == "kept"
 
 
@@ -523,7 +569,7 @@ def test_room_is_checked_on_the_disk_of_the_target(tmp_path: Path, monkeypatch: 
         return usage(0, 0, 1_000_000_000)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    publication = Publication(tmp_path / "not" / "yet" / "hf", force=False)
+    publication = Publication(tmp_path / "not" / "yet" / "hf", HUGGING_FACE, force=False)
     publication.check_space(900_000_000)
     with pytest.raises(ConversionError, match=r"1\.00 GB free, 1\.07 GB are needed"):
         publication.check_space(1_000_000_000)

@@ -28,6 +28,7 @@ from ..folders.hf_folder import (
     write_json,
 )
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
+from ..folders.model_folder import HUGGING_FACE
 from ..folders.sources import check_checkpoint
 from ..mapping.family import Family, positive_number
 from ..mapping.form import Form, Rope
@@ -73,7 +74,9 @@ class _Source(Understood):
 
 def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
-    publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
+    publication = Publication(
+        request.target, HUGGING_FACE, force=request.force, sources=(request.source,), warn=reporter.warn
+    )
     form = family.forms[request.format]
     modules = [] if form.code is None else code_files(form.code, form.model_type)
     source = _understand(family, form, request, reporter)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ConversionError, listed, naming
-from ..folders.model_folder import has_weight_files, other_files
+from ..folders.model_folder import KINDS, Kind
 
 SPARE_BYTES = 64 << 20
 """Room asked for beside the weights: tokenizer, code and the file system's own needs."""
@@ -33,14 +33,16 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Publication:
-    """A folder in the making for `target`. As a context manager: published on success, gone on failure.
+    """A folder of a kind, in the making for `target`. As a context manager: published on success, gone on failure.
 
+    `force` replaces a folder of the same kind only.
     `warn` is called with a sentence where the target is complete but something else is not as it should be.
     """
 
     def __init__(
         self,
         target: Path,
+        kind: Kind,
         *,
         force: bool,
         sources: tuple[Path, ...] = (),
@@ -50,6 +52,7 @@ class Publication:
         self._hidden = self.target.with_name(f".{self.target.name}.partial")
         self.folder = self._hidden / "new"
         self._old, self._trash, self._probe = (self._hidden / name for name in ("old", "trash", "probe"))
+        self._kind = kind
         self._force = force
         self._warn = warn
         self._lock: int | None = None
@@ -80,8 +83,15 @@ class Publication:
             raise ConversionError(
                 f"--tgt {self.target} exists and is not empty. Remove it, or replace it with --force."
             )
-        others = other_files(self.target)
-        if others or not has_weight_files(self.target):
+        for kind in KINDS:
+            weights = kind.weight_files(self.target)
+            if weights and kind is not self._kind:
+                raise ConversionError(
+                    f"--tgt {self.target} holds a {kind.name} ({listed(weights)}): --force of this script replaces a "
+                    f"{self._kind.name} only. Choose another --tgt, or remove the folder yourself."
+                )
+        others = self._kind.other_files(self.target)
+        if others or not self._kind.weight_files(self.target):
             raise ConversionError(
                 f"--tgt {self.target} holds {listed(others) or 'no weights'}: --force replaces a folder of model files "
                 "alone. Move away what you want to keep and remove the folder, or choose another --tgt."

@@ -15,6 +15,7 @@ from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Gri
 from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, has_weights, read_folder, verify_files
 from ..folders.internevo_folder import TrainingCheckpoint, read_checkpoint, shard_writers, write_model_config
 from ..folders.internevo_folder import verify_files as verify_checkpoint
+from ..folders.model_folder import CHECKPOINT
 from ..folders.numbering import Numbering, shared_out
 from ..folders.sources import is_checkpoint
 from ..mapping.family import (
@@ -107,7 +108,9 @@ class _Source:
 
 def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be reverted."""
-    publication = Publication(request.target, force=request.force, sources=(request.source,), warn=reporter.warn)
+    publication = Publication(
+        request.target, CHECKPOINT, force=request.force, sources=(request.source,), warn=reporter.warn
+    )
     source = _understand(family, request, reporter)
     run = _run(request, source.shape)
     if request.verify:
