@@ -351,6 +351,19 @@ def padding_mask(layout: TokenLayout) -> torch.Tensor | None:
     return None if is_prepared(layout.attention_mask) else layout.attention_mask
 
 
+def check_mask_length(attention_mask: torch.Tensor, length: int, past_key_values: Cache | None) -> None:
+    """ValueError unless a padding mask [B, S] covers the cached tokens and the `length` new ones.
+
+    A static cache counts its tokens on the device, where looking would make every step wait: its mask is believed.
+    """
+    seen = 0 if past_key_values is None or is_paged(past_key_values) else past_key_values.get_seq_length()
+    if isinstance(seen, int) and attention_mask.shape[-1] != seen + length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[-1]} tokens, but there are {seen} cached and {length} new "
+            "ones. Pass one column for each of them."
+        )
+
+
 def token_layout(
     hidden_states: torch.Tensor,
     position_ids: torch.Tensor | None,
@@ -361,6 +374,8 @@ def token_layout(
     """The layout of the tokens of hidden_states [B, T, H]; positions that are not given are counted."""
     length = hidden_states.shape[1]
     packed = None
+    if attention_mask is not None and not is_prepared(attention_mask):
+        check_mask_length(attention_mask, length, past_key_values)
     if cu_seqlens is not None and (past_key_values is None or is_paged(past_key_values)):
         packed = packed_position_ids(cu_seqlens, length)
         # A prepared mask keeps the sequences apart and the cached tokens in sight; one of padding cannot.

@@ -275,3 +275,14 @@ def test_parameters_of_forward_are_found_as_written(family: Family) -> None:
     forward = type(family.model()).forward
     assert inspect.signature(forward) is forward.__signature__
     assert forward.__signature__ == inspect.signature(inspect.unwrap(forward))
+
+
+@over_families
+@pytest.mark.parametrize("width", [1, 8, 12])
+def test_a_mask_of_another_length_is_refused(family: Family, width: int) -> None:
+    model = family.model()
+    cache = model(tokens(2, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=f"covers {width} tokens, but there are 8 cached and 1 new"):
+        model(tokens(2, 1), attention_mask=torch.ones(2, width, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"covers {width + 1} tokens, but there are 0 cached and {width} new"):
+        model(tokens(2, width), attention_mask=torch.ones(2, width + 1, dtype=torch.long))

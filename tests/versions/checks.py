@@ -248,15 +248,15 @@ def continuous_batching(family: Family) -> None:
     prompts = [tokens(1, length, seed=length) for length in (3, 21, 11, 24)]
     for backend in ("eager", "sdpa"):
         model = family.model("dynamic.short20", attn_implementation=backend)
+        # First: up to 5.8, generate_batch leaves any model, Llama too, with a backend that generate cannot use.
+        alone = [model.generate(prompt, **settings)[0, prompt.shape[1] :].tolist() for prompt in prompts]
         outcomes = model.generate_batch(
             [prompt[0].tolist() for prompt in prompts],
             generation_config=transformers.GenerationConfig(**settings),
             continuous_batching_config=sizes_of(num_blocks=16, max_batch_tokens=64, **{page: 16}),
         )
         in_order = sorted(outcomes, key=lambda name: int(name.rpartition("_")[2]))
-        for prompt, name in zip(prompts, in_order, strict=True):
-            expected = model.generate(prompt, **settings)[0, prompt.shape[1] :].tolist()
-            assert outcomes[name].generated_tokens == expected, (backend, prompt.shape)
+        assert [outcomes[name].generated_tokens for name in in_order] == alone, backend
 
 
 @torch.no_grad()
