@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -46,21 +47,41 @@ class Parser(argparse.ArgumentParser):
     `--version` as the only argument prints the project's version; among others it is InternLM's, with a value.
     """
 
-    def __init__(self, description: str, example: str) -> None:
+    def __init__(self, script: str, description: str, example: str) -> None:
+        """`example` are the words after the command, which is called as this one was."""
+        program = _called(script)
+        self._example = f"{'python ' if program.endswith('.py') else ''}{program} {example}"
         super().__init__(
+            prog=program,
             description=f"{description}\n\n{PROJECT} {__version__}; --version alone prints this.",
-            epilog=f"example:\n  {example}",
+            epilog=f"example:\n  {self._example}",
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
-        self._example = example
+        self._dependents: list[_Dependent] = []
+
+    def add_dependent(self, dependent: _Dependent, **choices: Any) -> None:
+        """A flag that says nothing without another, which its help says; its default is known after parsing."""
+        self._dependents.append(dependent)
+        choices["help"] = f"{choices['help']} (default: {dependent.default})"
+        self.add_argument(dependent.flag, **choices)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         if words == ["--version"]:
             say(f"{PROJECT} {__version__}")
             self.exit()
-        return super().parse_args(words, namespace)
+        found = super().parse_args(words, namespace)
+        for dependent in self._dependents:
+            name = dependent.flag.removeprefix("--")
+            if getattr(found, name) is None:
+                setattr(found, name, dependent.default)
+            elif not dependent.matters(found):
+                sentence = f"{dependent.flag} says nothing without {dependent.needed}"
+                if dependent.refused:
+                    self.error(f"argument {sentence}: give that too, or leave it out")
+                say(f"warning: {sentence}: it has no effect.", to_errors=True)
+        return found
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -69,6 +90,24 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if message:
             say(message.removesuffix("\n"), to_errors=file is sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Dependent:
+    """A flag that matters with another one, `needed`, only; given without it, it is refused or warned of."""
+
+    flag: str
+    default: Any
+    needed: str
+    matters: Callable[[argparse.Namespace], bool]
+    refused: bool
+
+
+def _called(script: str) -> str:
+    """What this program was called as: by its file, as an installed command, or as a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec else ""
+    return f"python -m {module}" if module.rpartition(".")[2] == Path(script).stem else Path(sys.argv[0]).name
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -123,9 +162,10 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
     """The parser of a convert2hf script. `versions`: MLP generations to choose from."""
     own = family.lower()
     parser = Parser(
+        script,
         f"Convert an {family} checkpoint of the InternEvo training framework (model_tp*_pp*.pt, model_config.pt) "
         "into a Hugging Face folder.",
-        f"python {script} --src ckpt/1000 --tgt hf_{own} --tokenizer tokenizer.model",
+        f"--src ckpt/1000 --tgt hf_{own} --tokenizer tokenizer.model",
     )
     add = parser.add_argument
     add("--src", type=file_name, required=True, help="folder with the InternEvo shards")
@@ -152,12 +192,14 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
         default="origin",
         help="rotary embedding: as trained, or dynamic NTK",
     )
-    add(
+    dynamic = _Dependent(
         "--scaling_factor",
-        type=factor,
-        default=scaling_factor,
-        help="scaling factor of dynamic NTK, with it only",
+        scaling_factor,
+        "--rotary_type dynamic",
+        lambda arguments: arguments.rotary_type == "dynamic",
+        refused=False,
     )
+    parser.add_dependent(dynamic, type=factor, help="scaling factor of dynamic NTK, with it only")
     if versions:
         add("--version", type=int, choices=(1, 2), help="where the MLP is square: 1 = up is w2, 2 = up is w3")
     add(
@@ -182,8 +224,9 @@ def convert_parser(script: str, family: str, scaling_factor: float, *, versions:
 def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
     """The parser of a revert script. `versions`: MLP generations to choose from."""
     parser = Parser(
+        script,
         f"Revert an {family} Hugging Face folder, or shards of another layout, to a checkpoint that InternEvo loads.",
-        f"python {script} --src hf_{family.lower()} --tgt ckpt_tp8 --tp_size 8 --embed_split --use_flash",
+        f"--src hf_{family.lower()} --tgt ckpt_tp8 --tp_size 8 --embed_split --use_flash",
     )
     add = parser.add_argument
     add("--src", type=file_name, required=True, help="Hugging Face folder, or folder with InternEvo shards")
@@ -192,11 +235,11 @@ def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
     add("--pp_size", type=positive, default=1, help="pipeline size: stages that share the layers")
     add("--num_chunks", type=positive, default=1, help="chunks of an interleaved pipeline")
     add("--wp_size", type=positive, help="weight-parallel size of an isp run; without it the run is not isp")
-    add(
-        "--isp",
+    isp = _Dependent("--isp", 2024, "--wp_size", lambda arguments: arguments.wp_size is not None, refused=True)
+    parser.add_dependent(
+        isp,
         type=int,
         choices=(2024, 2025),
-        default=2024,
         help="files of isp: 2024 = model_tp*_wp*_pp*.pt, 2025 = model_wp*_pp*.pt; with --wp_size only",
     )
     add(

@@ -77,7 +77,9 @@ def found(package: str) -> bool:
 def test_an_installed_script_is_a_command(script: str, installed: Path, tmp_path: Path) -> None:
     command, path = str(installed / "bin" / script), str(installed)
     assert run([command, "--version"], tmp_path, PYTHONPATH=path) == f"{VERSION_LINE}\n"
-    assert run([command, "--help"], tmp_path, PYTHONPATH=path).startswith(f"usage: {script} ")
+    printed = run([command, "--help"], tmp_path, PYTHONPATH=path)
+    assert printed.startswith(f"usage: {script} ")
+    assert f"example:\n  {script} --src " in printed
 
 
 def test_installed_commands_convert_and_revert(installed: Path, sources: Path, tmp_path: Path) -> None:
@@ -104,6 +106,9 @@ def test_a_script_runs_as_a_module_of_the_folder_that_holds_it(script: str, tmp_
     (tmp_path / HELD_AS).symlink_to(REPOSITORY)
     printed = run([sys.executable, "-m", f"{HELD_AS}.{script}", "--version"], tmp_path)
     assert printed == f"{VERSION_LINE}\n"
+    printed = run([sys.executable, "-m", f"{HELD_AS}.{script}", "--help"], tmp_path)
+    assert printed.startswith(f"usage: python -m {HELD_AS}.{script} ")
+    assert f"example:\n  python -m {HELD_AS}.{script} --src " in printed
 
 
 def test_modules_convert_and_revert(sources: Path, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ WRONG = [
     ("convert2hf", "{} --rotary_type linear", "argument --rotary_type: invalid choice: 'linear'"),
     ("convert2hf", "{} --scaling_factor 0.5", "argument --scaling_factor: '0.5' is not a number of at least 1.0"),
     ("convert2hf", "{} --rotary dynamic", "unrecognized arguments: --rotary dynamic"),
+    ("revert", "{} --isp 2025", "argument --isp says nothing without --wp_size: give that too, or leave it out"),
     ("revert", "--tgt b --tp_size 2", "the following arguments are required: --src"),
     ("revert", "{} --dtype float16", "unrecognized arguments: --dtype float16"),
     ("revert", "--src a --tgt b --tp_size two", "argument --tp_size: 'two' is not a whole number of at least 1"),
@@ -131,3 +132,19 @@ def test_version_is_1_or_2(script: str) -> None:
     status, printed = run_script([str(REPOSITORY / script), *words, "--version", "3"])
     assert status == 2
     assert "argument --version: invalid choice: 3 (choose from 1, 2)" in printed
+
+
+@pytest.mark.parametrize("family", ["internlm", "internlm2"])
+@pytest.mark.parametrize(("rotary", "warned"), [([], True), (["--rotary_type", "dynamic"], False)])
+def test_a_scaling_factor_without_scaling_is_warned_of(
+    rotary: list[str], warned: bool, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr(command_line, "run_convert", lambda family, arguments: given.append(arguments) or 0)
+    words = [*SOME["convert2hf"].split(), "--scaling_factor", "3", *rotary]
+    status, printed = run_script([str(REPOSITORY / f"convert2hf_{family}.py"), *words])
+    assert status == 0
+    assert given[0].scaling_factor == 3.0
+    assert (
+        printed == "warning: --scaling_factor says nothing without --rotary_type dynamic: it has no effect.\n" * warned
+    )
