@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.conversion.test_conversion import (
@@ -20,9 +22,11 @@ from tests.conversion.test_conversion import (
     shards,
     weights,
 )
-from tests.support.checkpoints import build
+from tests.support.checkpoints import SHAPES, Recipe, Shape, build, model_config
 from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.command_line import revert_parser, run_revert
+from weight_conversion.mapping.family import builds_intermediate_size, mlp_ratio
+from weight_conversion.mapping.rules import ModelShape
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +97,86 @@ def test_settings_of_training_stay(tmp_path: Path) -> None:
         assert_same(found[name], expected[name])
     assert {key: settings(tmp_path / "b")[key] for key in kept} == kept
     assert settings(tmp_path / "b")["use_flash_attn"]
+
+
+OF_TRAINING: dict[str, Any] = {
+    "max_position_embeddings": 8192,
+    "use_dynamic_ntk_rope": True,
+    "residual_in_fp32": True,
+    "drop_rate": 0.1,
+    "checkpoint": 0.5,
+    "parallel_output": False,
+    "norm_type": "layernorm",
+    "apply_post_layer_norm": True,
+    "deepnorm": True,
+    "init_type": "normal",
+    "rope_scaling_factor": 3.0,
+    "model_type": "INTERNLM2_PUBLIC",
+    "of a version to come": [None, {"a": (1, 2.5)}],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_stays_but_those_of_the_layout(family: str, tmp_path: Path) -> None:
+    config = OF_TRAINING | {"vocab_parallel": True, "no_bias": None}
+    build(tmp_path / "a", family, interleaved=True, config=config)
+    flags = ("--wp_size", "2", "--pp_size", "2", "--num_chunks", "2", "--mlp_layer_fusion")
+    revert(family, tmp_path / "a", tmp_path / "b", 1, *flags)
+    before = model_config(Recipe(family, SHAPES[family], interleaved=True, config=config))
+    after = settings(tmp_path / "b")
+    of_the_layout = {
+        "num_chunks": 2,
+        "embed_split_hidden": True,
+        "mlp_layer_fusion": True,
+        "qk_interleaved": False,
+        "vocab_parallel": False,
+        "no_bias": True,
+        **({"adapt_hf": True} if family == "internlm2" else {}),
+    }
+    assert {key: after[key] for key in before | of_the_layout} == before | of_the_layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converting_warns_of_the_positions_after_another_layout_too(
+    family: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", family, config={"max_position_embeddings": 8192})
+    revert(family, tmp_path / "a", tmp_path / "b", 1)
+    capsys.readouterr()
+    convert(family, tmp_path / "b", tmp_path / "hf", tokenizer)
+    assert "max_position_embeddings = 8192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio", [None, 5.0, 4.7, float("nan"), 10**400, "4", 0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_intermediate_size_is_that_of_the_sources_own_multiple(
+    family: str, ratio: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = Shape(hidden=64, layers=1, kv_heads=4, intermediate=320)
+    build(tmp_path / "a", family, shape=shape, config={"multiple_of": 64, "mlp_ratio": ratio})
+    revert(family, tmp_path / "a", tmp_path / "b", 1)
+    found = settings(tmp_path / "b")
+    assert found["multiple_of"] == 64
+    assert found["mlp_ratio"] == (4.7 if ratio == 4.7 else 5.0)  # both build 320
+    assert ("mlp_ratio" in capsys.readouterr().err) == (ratio not in (None, 5.0, 4.7))
+
+
+@given(st.integers(1, 9000), st.integers(1, 300), st.integers(1, 300))
+def test_a_ratio_builds_the_size_that_it_is_of(hidden: int, multiple: int, count: int) -> None:
+    shape = ModelShape(hidden, multiple * count, 1, 1, 1, 1)
+    assert builds_intermediate_size(shape, mlp_ratio(shape, multiple), multiple)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_size_or_setting_that_cannot_be_told_is_refused(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = Shape(layers=1, kv_heads=4, intermediate=320)
+    build(tmp_path / "size", family, shape=shape)
+    assert "320 is not a multiple of 256" in refusal(family, capsys, tmp_path / "size", tmp_path / "b")
+    for key, value in (("multiple_of", 0), ("multiple_of", "64"), ("weights", [torch.ones(2)]), ("long", 1 << 3000)):
+        build(tmp_path / "odd", family, config={key: value})
+        assert key in refusal(family, capsys, tmp_path / "odd", tmp_path / "b")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

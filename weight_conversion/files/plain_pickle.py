@@ -297,22 +297,23 @@ BATCH = 1000
 
 
 def dumps(value: object) -> bytes:
-    """The pickle of a plain value, DTypes and PickledTensors among them; TypeError for any other."""
-    writer = _Writer()
+    """The pickle of a plain value, DTypes among them; TypeError for any other, OverflowError for an endless number."""
+    writer = _Writer(PLAIN_SAVERS)
     writer.save(value)
     return b"\x80\x02" + bytes(writer.out) + b"."
 
 
 def dumps_state_dict(state: Mapping[str, PickledTensor]) -> bytes:
     """The pickle of an OrderedDict."""
-    writer = _Writer()
+    writer = _Writer(PLAIN_SAVERS | {PickledTensor: _Writer.tensor})
     writer.ordered_dict(state)
     return b"\x80\x02" + bytes(writer.out) + b"."
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, savers: Savers) -> None:
         self.out = bytearray()
+        self._savers = savers
         self._memo: dict[object, int] = {}  # names by their spelling, values by id()
         self._kept: list[object] = []  # an id is one value's while the value lives
 
@@ -320,9 +321,9 @@ class _Writer:
         if isinstance(value, str | tuple | list | dict) and id(value) in self._memo:
             self._recall(id(value))
             return
-        if type(value) not in SAVERS:
+        if type(value) not in self._savers:
             raise TypeError(f"a {type(value).__name__} is no plain value")
-        SAVERS[type(value)](self, value)
+        self._savers[type(value)](self, value)
 
     def constant(self, opcode: bytes) -> None:
         self.out += opcode
@@ -428,7 +429,8 @@ class _Writer:
         self.out += b"q" + index.to_bytes(1, "little") if index < 256 else b"r" + index.to_bytes(4, "little")
 
 
-SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
+Savers = Mapping[type, Callable[[_Writer, Any], None]]
+PLAIN_SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
     type(None): lambda writer, _: writer.constant(b"N"),
     bool: lambda writer, value: writer.constant(b"\x88" if value else b"\x89"),
     int: _Writer.number,
@@ -438,5 +440,4 @@ SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
     list: _Writer.list_,
     dict: _Writer.dict_,
     DType: _Writer.dtype,
-    PickledTensor: _Writer.tensor,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,18 +199,27 @@ def positive_number(config: Mapping[str, Any], key: str, where: Path, default: f
     return value
 
 
-def mlp_ratio(shape: ModelShape) -> float:
-    """The ratio from which the training framework computes exactly this intermediate size.
+def builds_intermediate_size(shape: ModelShape, ratio: object, multiple: int) -> bool:
+    """Whether the training framework computes exactly this intermediate size from mlp_ratio and multiple_of.
 
-    It builds `256 * ceil(int(hidden_size * mlp_ratio) / 256)`.
+    It builds `multiple * ceil(int(hidden_size * ratio) / multiple)`.
     """
-    ratio = shape.intermediate_size / shape.hidden_size
-    rounded = -(-int(shape.hidden_size * ratio) // INTERMEDIATE_MULTIPLE) * INTERMEDIATE_MULTIPLE
-    if rounded != shape.intermediate_size:
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio <= LARGEST_SIZE:
+        return False
+    return -(-int(shape.hidden_size * ratio) // multiple) * multiple == shape.intermediate_size
+
+
+def mlp_ratio(shape: ModelShape, multiple: int = INTERMEDIATE_MULTIPLE) -> float:
+    """A ratio from which the training framework computes exactly this intermediate size."""
+    size = shape.intermediate_size
+    ratio = size / shape.hidden_size
+    if size % multiple:
         raise ConversionError(
-            f"intermediate size {shape.intermediate_size} is not a multiple of {INTERMEDIATE_MULTIPLE}: InternEvo "
-            f"would build {rounded} and not load these weights."
+            f"intermediate size {size} is not a multiple of {multiple}: InternEvo would build "
+            f"{-(-size // multiple) * multiple} and not load these weights."
         )
+    if int(shape.hidden_size * ratio) < size:  # the quotient was rounded down
+        ratio = math.nextafter(ratio, math.inf)
     return ratio
 
 

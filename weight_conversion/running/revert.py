@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ConversionError, UndecidedError, listed, naming, shown
 from ..files.copying import Copier, Move, Task
+from ..files.plain_pickle import dumps
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec, contiguous_strides
 from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
@@ -24,6 +25,7 @@ from ..mapping.family import (
     INTERMEDIATE_MULTIPLE,
     VOCABULARY_SPLIT,
     Family,
+    builds_intermediate_size,
     common_choices,
     hf_shape,
     mlp_ratio,
@@ -42,8 +44,8 @@ from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, check_replic
 HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
 """With tie_word_embeddings a folder leaves the head out: it is the embedding."""
 
-KEPT = ("norm_head", "embed_grad_scale", "use_dynamic_ntk_rope", "mlp_ratio", "multiple_of", "use_flash_attn")
-"""Settings of a training checkpoint that do not depend on how it is shared out."""
+PLAIN = ("norm_head", "embed_grad_scale", "use_dynamic_ntk_rope", "use_flash_attn")
+"""Settings of a training checkpoint that are numbers, or a yes or no."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Run:
 class _Source:
     """What is to be reverted: its sizes, its settings, and the full tensors of every entry of the table.
 
-    `config` has the settings in the words of config.json, `kept` those keys of model_config.pt that are to stay.
+    `config` has the settings in the words of config.json, `training` those of model_config.pt where there is one.
     Full tensors that lie in no file are in `gathered`, by name.
     """
 
@@ -102,7 +104,7 @@ class _Source:
     has_bias: bool
     fulls: Sequence[tuple[Entry, list[StoredTensor]]]
     verify_files: Callable[[], None]
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     gathered: Mapping[str, Move] = field(default_factory=dict)
 
 
@@ -204,19 +206,26 @@ def _understand_checkpoint(family: Family, request: RevertRequest) -> _Source:
         found.has_bias,
         fulls_found,
         lambda: verify_checkpoint(checkpoint),
-        _kept(checkpoint),
+        _checked_settings(checkpoint),
         gathered,
     )
 
 
-def _kept(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
-    kept = {key: checkpoint.config[key] for key in KEPT if checkpoint.config.get(key) is not None}
-    for key, value in kept.items():
-        if not isinstance(value, bool | int | float):
+def _checked_settings(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
+    """The settings of model_config.pt; ConversionError where one is not what it should be, or cannot be written."""
+    for key, value in checkpoint.config.items():
+        if key in PLAIN and not isinstance(value, bool | int | float | None):
             raise ConversionError(
                 f"{checkpoint.config_file}: {key} is {shown(value)}, expected a number or a yes or no."
             )
-    return kept
+        try:
+            dumps(value)
+        except (TypeError, OverflowError) as error:
+            raise ConversionError(
+                f"{checkpoint.config_file}: {shown(key)} is {shown(value)}, which is no plain setting and cannot be "
+                "written again."
+            ) from error
+    return checkpoint.config
 
 
 def _in_words_of_hf(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
@@ -356,7 +365,9 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
     dtypes = {fulls[0].dtype for _, fulls in source.fulls}
     if len(dtypes) > 1:
         reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
-    return {
+    multiple = positive_integer(source.training, "multiple_of", where, INTERMEDIATE_MULTIPLE)
+    ratio = _mlp_ratio(source, multiple, reporter)
+    built = {
         "num_chunks": request.num_chunks,
         "checkpoint": False,
         "dtype": source.fulls[0][1][0].dtype,
@@ -367,7 +378,7 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         "embed_grad_scale": 1,
         "parallel_output": True,
         "num_attention_heads": shape.num_heads,
-        "mlp_ratio": source.kept.get("mlp_ratio") or mlp_ratio(shape),
+        "mlp_ratio": ratio,
         "norm_type": "rmsnorm",
         "apply_post_layer_norm": False,
         "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, 1e-6),
@@ -375,10 +386,43 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         "use_flash_attn": request.use_flash,
         "qk_interleaved": False,
         "mlp_layer_fusion": request.mlp_layer_fusion,
-        "multiple_of": INTERMEDIATE_MULTIPLE,
+        "multiple_of": multiple,
         **family.training_config(
             shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
         ),
-        **source.kept,
+    }
+    return {
+        **built,
+        **source.training,
+        **{key: built[key] for key in DECIDED},
+        **{key: value for key, value in _decided_if_said(source).items() if key in source.training},
         **({"use_flash_attn": True} if request.use_flash else {}),
     }
+
+
+DECIDED = ("num_chunks", "embed_split_hidden", "qk_interleaved", "mlp_layer_fusion", "mlp_ratio", "multiple_of")
+"""Settings that the run to load the shards decides, or that were corrected; the others stay as training had them."""
+
+
+def _decided_if_said(source: _Source) -> dict[str, Any]:
+    """What the shards written are, in settings that not every version has."""
+    return {
+        "adapt_hf": True,
+        "no_bias": not source.has_bias,
+        "num_kv_attention_heads": source.shape.num_kv_heads,
+        "vocab_parallel": False,
+    }
+
+
+def _mlp_ratio(source: _Source, multiple: int, reporter: Reporter) -> Any:
+    """The ratio of the source where the framework builds its intermediate size from it, else one that does."""
+    given = source.training.get("mlp_ratio")
+    if builds_intermediate_size(source.shape, given, multiple):
+        return given
+    ratio = mlp_ratio(source.shape, multiple)
+    if given is not None:
+        reporter.warn(
+            f"{source.where} says mlp_ratio = {shown(given)}, from which InternEvo would not build the intermediate "
+            f"size {source.shape.intermediate_size} of the weights: {ratio} is written."
+        )
+    return ratio
