@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,10 +27,11 @@ ADVICE = {
     errno.ENOMEM: "Nothing was written under --tgt; raise the limit on memory (ulimit -v), or end other programs.",
     errno.ENOSPC: "Nothing was written under --tgt; make room on its disk and run again.",
     errno.EDQUOT: "Nothing was written under --tgt; your quota on its disk is used up.",
-    errno.EFBIG: "Nothing was written under --tgt; raise the limit on file sizes (ulimit -f) or lower --max_shard.",
+    errno.EFBIG: "Nothing was written under --tgt; raise the limit on file sizes (ulimit -f).",
     errno.EROFS: "Nothing was written under --tgt; choose one on a disk that can be written.",
     errno.EACCES: "Nothing was written under --tgt; check the permissions.",
 }
+ADVICE_TO_CONVERT = {errno.EFBIG: ADVICE[errno.EFBIG].replace(").", ") or lower --max_shard.")}
 
 ADDRESS_SPACE_NEEDED = 200 << 20
 """What the libraries reserve, most of it never used: 166 MB, and some for the threads."""
@@ -298,7 +299,7 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
         )
         convert(FAMILIES[family], request, Reporter())
 
-    return _status(action)
+    return _status(action, ADVICE | ADVICE_TO_CONVERT)
 
 
 def run_revert(family: str, arguments: argparse.Namespace) -> int:
@@ -330,7 +331,7 @@ def run_revert(family: str, arguments: argparse.Namespace) -> int:
     return _status(action)
 
 
-def _status(action: Callable[[], None]) -> int:
+def _status(action: Callable[[], None], advice: Mapping[int, str] = ADVICE) -> int:
     """The exit status of `action`: 0, or 1 after a sentence on the error stream; 128 + a signal that ended it."""
     status, sentence = 0, None
     try:
@@ -342,7 +343,7 @@ def _status(action: Callable[[], None]) -> int:
     except OSError as error:
         paths = [str(path) for path in (error.filename, error.filename2) if path]
         where = f"{' -> '.join(paths)}: " if paths else ""
-        status, sentence = 1, f"error: {where}{error.strerror or error}. {_advice(error)}"
+        status, sentence = 1, f"error: {where}{error.strerror or error}. {_advice(error, advice)}"
     except (MemoryError, ImportError) as error:
         status, sentence = 1, f"error: {error or 'memory ran out'}. {_shortage(error)}"
     except EndedBySignal as end:
@@ -365,8 +366,8 @@ def _check_address_space() -> None:
         )
 
 
-def _advice(error: OSError) -> str:
-    return ADVICE.get(error.errno or 0, "Nothing was written under --tgt.")
+def _advice(error: OSError, advice: Mapping[int, str]) -> str:
+    return advice.get(error.errno or 0, "Nothing was written under --tgt.")
 
 
 def _shortage(error: BaseException) -> str:

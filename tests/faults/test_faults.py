@@ -1062,6 +1062,7 @@ def test_a_limit_on_file_sizes(direction: str, place: Place) -> None:
     for limit in [messages, *(size - 1 for size in sizes if size > messages)]:
         outcome = run_child(*COMMANDS[direction](place), Conditions(place.root, file_size=limit))
         assert_refused(outcome, str(place.root), "File too large", "ulimit -f")
+        assert ("--max_shard" in outcome.errors) == (direction == "convert")
         assert not place.target.exists()
         assert others_of(place) == result.others
     outcome = run_child(*COMMANDS[direction](place), Conditions(place.root, file_size=sizes[-1]))

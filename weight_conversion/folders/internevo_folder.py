@@ -127,10 +127,18 @@ class _Shard:
                 yield found, tensor
 
     def _is_second_name(self, name: str) -> bool:
-        """Whether the tensor is there under `word_embeddings` too, not again but at the same place of the file."""
+        """Whether the tensor is there under `word_embeddings` too, at the same place of the file.
+
+        ConversionError where that is another tensor: which one is the embedding cannot be told.
+        """
         stem, _, kind = name.rpartition(".")
         twin = self.tensors.get(f"{stem}{WORD_EMBEDDINGS}.{kind}")
-        return twin is not None and replace(twin, name=name) == self.tensors[name]
+        if twin is not None and replace(twin, name=name) != self.tensors[name]:
+            raise ConversionError(
+                f"{self.path} holds the embedding twice, as {shown(name)} and as {shown(twin.name)}, each with bytes "
+                "of its own. Keep one of them, or save both as one tensor."
+            )
+        return twin is not None
 
     def layers(self) -> dict[int, set[int]]:
         """The layer numbers that the shard has, by chunk."""
