@@ -19,14 +19,14 @@ from typing import Any
 from ..errors import LONGEST, ConversionError, naming, shown
 from .dtypes import DTYPES
 from .kinds import check_regular
-from .views import StoredTensor, TensorSpec, contiguous_strides
+from .views import MAX_DIMENSIONS, StoredTensor, TensorSpec, contiguous_strides
 
 BY_SAFETENSORS_NAME = {dtype.safetensors: dtype for dtype in DTYPES}
 
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
 """The limit of the safetensors library: a larger header is a damaged file."""
-MAX_TENSORS, MAX_DIMENSIONS = 100_000, 64
+MAX_TENSORS = 100_000
 """No model has more: a file that says so is refused before time goes into reading it."""
 ALIGNMENT = 8
 

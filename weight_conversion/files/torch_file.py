@@ -26,7 +26,7 @@ from ..errors import LONGEST, ConversionError, naming, shown
 from .checksums import crc32
 from .kinds import check_regular
 from .plain_pickle import PickledStorage, PickledTensor, PickleError, dumps, dumps_state_dict, loads
-from .views import StoredTensor, TensorSpec, contiguous_strides
+from .views import MAX_DIMENSIONS, StoredTensor, TensorSpec, contiguous_strides
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
@@ -40,7 +40,6 @@ EARLIEST_DATE = 0x21
 TENSOR_ALIGNMENT = 64
 BLOCK_BYTES = 1 << 20
 """Bytes that are read at a time."""
-MAX_DIMENSIONS = 64
 LARGEST = (1 << 63) - 1
 """No file position, size or stride is larger."""
 

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from .dtypes import DType
 
+MAX_DIMENSIONS = 64
+"""No tensor of a model has more: a file that says so is refused before time goes into reading it."""
+
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides of `shape`, in elements."""
