@@ -42,23 +42,30 @@ def refuse_cut_prompts(trained: int, vllm_config: Any) -> None:
         )
 
 
-def request_lengths(metadata: Any, tokens: int) -> torch.Tensor:
+def request_lengths(metadata: Any, tokens: int) -> torch.Tensor | None:
     """Length, with these tokens, of the request that each token of a step belongs to, [1, tokens].
 
+    None where there are no requests: vLLM measures memory and warms up with passes that have none.
+
     Args:
-        metadata: what vLLM's attention is told: of each layer by its name, or of all. Its query_start_loc [n + 1] says
-            where the tokens of the n requests start, its seq_lens [n] how long they are.
+        metadata: what vLLM's attention is told: of each layer by its name, or of all; None or empty without requests.
+            Its query_start_loc [n + 1] says where the tokens of the n requests start, its seq_lens [n] how long they
+            are.
 
     Raises:
         ValueError: the attention backend is not told these.
     """
-    one = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
+    one = next(iter(metadata.values()), None) if isinstance(metadata, dict) else metadata
+    if one is None:
+        return None
     starts, lengths = (getattr(one, name, None) for name in ("query_start_loc", "seq_lens"))
     if starts is None or lengths is None:
         raise ValueError(
             "Dynamic NTK scaling goes by the length of each request, which vLLM does not tell in "
             f"{type(one).__name__}. Choose another attention backend (--attention-backend FLASH_ATTN or TRITON_ATTN)."
         )
+    if not len(lengths):
+        return None
     places = torch.arange(tokens, device=starts.device)
     request = torch.searchsorted(starts[1:].contiguous(), places, right=True).clamp(max=len(lengths) - 1)
     return lengths[request].unsqueeze(0)  # tokens beyond the last request are padding

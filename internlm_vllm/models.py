@@ -52,10 +52,9 @@ class ServedInternLM2Rotary(InternLM2RotaryEmbedding):
     """The family's rotary embedding, by the lengths of requests."""
 
     def forward(self, position_ids: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> Any:
-        metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
-        # While vLLM measures memory there are no requests.
-        if self.config.rope().type == "dynamic" and metadata is not None:
-            lengths = request_lengths(metadata, position_ids.shape[-1])
+        if self.config.rope().type == "dynamic" and is_forward_context_available():
+            told = request_lengths(get_forward_context().attn_metadata, position_ids.shape[-1])
+            lengths = lengths if told is None else told
         return super().forward(position_ids, lengths, dtype)
 
 

@@ -63,7 +63,23 @@ def test_every_token_has_the_length_of_its_request(by_layer: bool) -> None:
         query_start_loc=torch.tensor([0, 3, 4, 5, 7], dtype=torch.int32), seq_lens=torch.tensor([3, 81, 82, 2])
     )
     lengths = request_lengths({"model.layers.0": metadata} if by_layer else metadata, 8)
+    assert lengths is not None
     assert lengths.tolist() == [[3, 3, 3, 81, 82, 2, 2, 2]]
+
+
+NO_REQUESTS: Any = SimpleNamespace(
+    query_start_loc=torch.zeros(1, dtype=torch.int32), seq_lens=torch.zeros(0, dtype=torch.int32)
+)
+without_requests = pytest.mark.parametrize(
+    "metadata",
+    [None, {}, NO_REQUESTS, {"model.layers.0": NO_REQUESTS}],
+    ids=["none", "of no layer", "empty", "empty of a layer"],
+)
+
+
+@without_requests
+def test_a_pass_without_requests_has_no_lengths(metadata: Any) -> None:
+    assert request_lengths(metadata, 8) is None
 
 
 def test_a_backend_that_is_not_told_lengths_is_named() -> None:
@@ -120,8 +136,18 @@ def test_requests_in_one_row_are_rotated_by_their_own_lengths(models: Any) -> No
     for values, *separate in zip(found, *expected, strict=True):
         torch.testing.assert_close(values, torch.cat(separate, dim=1))
     assert not torch.allclose(found[0], alone(positions, as_one, torch.float32)[0])
-    models.context.attn_metadata = None  # vLLM measures memory
-    torch.testing.assert_close(served(positions, as_one, torch.float32), alone(positions, as_one, torch.float32))
+
+
+@without_requests
+def test_without_requests_the_row_has_the_length_that_the_model_gives(metadata: Any, models: Any) -> None:
+    """vLLM measures memory and warms up so."""
+    config = models.module.ServedInternLM2Config(**INTERNLM2.golden.config(rope="dynamic"))
+    served = models.module.ServedInternLM2Model(config).rotary_emb
+    alone = INTERNLM2.model("dynamic").model.rotary_emb
+    positions = torch.arange(config.max_position_embeddings + 8)[None]
+    models.context.attn_metadata = metadata
+    lengths = positions[:, -1:] + 1
+    torch.testing.assert_close(served(positions, lengths, torch.float32), alone(positions, lengths, torch.float32))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
