@@ -21,6 +21,7 @@ What flows through, for either direction:
                                    Hugging Face folders is
                 matching           the tensors found, set against the table
                 hf_settings        config.json in the words of training
+                training_settings  what model_config.pt may say
     tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,
                                    tokenizer_json makes the fast form, chat_templates the template
     running/    convert, revert    the two directions, as the scripts call them

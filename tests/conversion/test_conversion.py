@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
 from tests.support.checkpoints import SHAPES, Shape, build
 from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
+from weight_conversion.files.torch_file import read_plain_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CARRIED = REPOSITORY / "tests" / "support" / "data" / "internevo"
@@ -198,6 +200,16 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("internlm", {"tp": 2, "wp": 4, "mlp_version": 1}),
     ("internlm", {"tp": 2, "wp": 4, "llama_like": True}),
     ("internlm2", {"tp": 2, "wp": 4, "fused": False, "interleaved": True, "bias": True}),
+    *[
+        ("internlm2", {"pieces": True, "bias": bias, **sizes})
+        for bias, sizes in (
+            (False, {}),
+            (True, {"tp": 2, "interleaved": True}),
+            (False, {"tp": 2, "wp": 4, "pp": 2, "interleaved": True}),
+            (True, {"wp": 4, "isp_2025": True}),
+            (False, {"wp": 3, "shape": DIVISIBLE_BY_THREE, "omit": ("enable_qkv_fusion",)}),
+        )
+    ],
     ("internlm", {"tp": 2, "mlp_version": 1}),
     ("internlm", {"tp": 2, "llama_like": True, "mlp_version": 1}),
     ("internlm", {"tp": 2, "llama_like": True, "mlp_version": 2}),
@@ -211,6 +223,43 @@ def test_every_layout_gives_the_same_model(
     full = build(tmp_path / "a", family, **choices)
     convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32", "--verify")
     assert_same(weights(tmp_path / "hf"), full)
+
+
+@pytest.mark.parametrize(("fused", "said"), [(True, False), (False, True), (None, True)])
+def test_three_weights_and_pieces_of_one_have_the_same_names(
+    fused: bool | None, said: bool, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only enable_qkv_fusion tells: where it is left out, InternLM2 of InternEvo has one weight, and that is said."""
+    omit = ("enable_qkv_fusion",) if fused is None else ()
+    full = build(tmp_path / "a", "internlm2", tp=2, fused=fused is not False, pieces=fused is not False, omit=omit)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    assert ("set enable_qkv_fusion to False" in capsys.readouterr().err) == (fused is None)
+    assert_same(weights(tmp_path / "hf"), full)
+    names = shards(tmp_path / "a")["model_tp0_pp0.pt"].keys()
+    assert "layers.0.attention.wq.weight" in names
+    assert "layers.0.attention.wqkv.weight" not in names
+
+
+@pytest.mark.parametrize("source", [param for param in real_checkpoints() if "internlm_" not in str(param.id)])
+def test_pieces_of_a_real_wqkv_give_the_training_models_logits(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """As InternEvo's save hook since September 2024 cuts them: where the rows of q, and of k, would end."""
+    shutil.copytree(source, tmp_path / "a")
+    settings = read_plain_dict(source / "model_config.pt")
+    heads = settings["num_attention_heads"]
+    kv_heads = settings.get("num_kv_attention_heads", heads)
+    for path, shard in shards(tmp_path / "a").items():
+        for name in [name for name in shard if name.endswith("wqkv.weight")]:
+            rows = shard[name].unflatten(0, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads])
+            pieces = zip((name.replace("wqkv", x) for x in ("wq", "wk", "wv")), rows, strict=True)
+            shard |= {piece: part.flatten(0, 1).clone() for piece, part in pieces}
+            del shard[name]
+        torch.save(shard, tmp_path / "a" / path)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32", "--verify")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    record = torch.load(source / "expected_logits.pt")
+    with torch.no_grad():
+        logits = model(record["input_ids"]).logits
+    torch.testing.assert_close(logits, record["logits"], atol=1e-4, rtol=0)
 
 
 def test_a_normalised_head_is_written_normalised(tokenizer: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.conversion.test_conversion import (
 )
 from tests.support.checkpoints import SHAPES, Recipe, Shape, build, model_config
 from tests.support.tokenizer_fixture import train_tokenizer
-from weight_conversion.command_line import revert_parser, run_revert
+from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
 from weight_conversion.mapping.family import builds_intermediate_size, mlp_ratio
 from weight_conversion.mapping.rules import ModelShape
 
@@ -106,22 +106,27 @@ OF_TRAINING: dict[str, Any] = {
     "drop_rate": 0.1,
     "checkpoint": 0.5,
     "parallel_output": False,
-    "norm_type": "layernorm",
-    "apply_post_layer_norm": True,
-    "deepnorm": True,
+    "norm_type": "rmsnorm",
+    "apply_post_layer_norm": None,
+    "deepnorm": False,
+    "num_experts": 1,
     "init_type": "normal",
-    "rope_scaling_factor": 3.0,
     "model_type": "INTERNLM2_PUBLIC",
+    "rope_scaling_factor": 3.0,
     "of a version to come": [None, {"a": (1, 2.5)}],
 }
+"""The last two are no setting of a model that is known here."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_setting_stays_but_those_of_the_layout(family: str, tmp_path: Path) -> None:
+def test_every_setting_stays_but_those_of_the_layout(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = OF_TRAINING | {"vocab_parallel": True, "no_bias": None}
     build(tmp_path / "a", family, interleaved=True, config=config)
     flags = ("--wp_size", "2", "--pp_size", "2", "--num_chunks", "2", "--mlp_layer_fusion")
     revert(family, tmp_path / "a", tmp_path / "b", 1, *flags)
+    assert "not known here: 'of a version to come', 'rope_scaling_factor'." in capsys.readouterr().err
     before = model_config(Recipe(family, SHAPES[family], interleaved=True, config=config))
     after = settings(tmp_path / "b")
     of_the_layout = {
@@ -134,6 +139,62 @@ def test_every_setting_stays_but_those_of_the_layout(family: str, tmp_path: Path
         **({"adapt_hf": True} if family == "internlm2" else {}),
     }
     assert {key: after[key] for key in before | of_the_layout} == before | of_the_layout
+
+
+ANOTHER_MODEL = {
+    "norm_type": "layernorm",
+    "apply_post_layer_norm": True,
+    "use_swiglu": False,
+    "is_reward": True,
+    "deepnorm": True,
+    "num_experts": 4,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [*ANOTHER_MODEL.items(), ("norm_type", ["rmsnorm"]), ("adapt_hf", "no")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_of_another_model_are_refused_on_every_way(
+    family: str, key: str, value: object, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tensors have the same names and shapes with most of them, so nothing else would tell."""
+    build(tmp_path / "a", family, config={key: value})
+    assert f"{key} " in refusal(family, capsys, tmp_path / "a", tmp_path / "b")
+    parser = convert_parser("convert", family, 1.0, versions=family == "internlm")
+    words = ["--src", str(tmp_path / "a"), "--tgt", str(tmp_path / "hf"), "--tokenizer", str(tokenizer)]
+    assert run_convert(family, parser.parse_args(words)) == 1
+    assert f"{key} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_that_nobody_here_knows_are_told_of(
+    family: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "plain", family, bias=True, interleaved=True, config={"multiple_of": 256, "use_swiglu": True})
+    convert(family, tmp_path / "plain", tmp_path / "a", tokenizer)
+    revert(family, tmp_path / "a", tmp_path / "b", 1)
+    convert(family, tmp_path / "b", tmp_path / "c", tokenizer, "--max_pos", "2048")
+    assert "not known here" not in capsys.readouterr().err
+    build(tmp_path / "new", family, config={"sliding_window": 4096})
+    convert(family, tmp_path / "new", tmp_path / "d", tokenizer)
+    assert "not known here: 'sliding_window'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_three_weights_stay_three_and_pieces_become_one(fused: bool | None, tmp_path: Path) -> None:
+    """A run with enable_qkv_fusion=False would cut a wqkv where the rows of q and of k would end."""
+    omit = ("enable_qkv_fusion",) if fused is None else ()
+    choices = {"bias": True, "tp": 2, "omit": omit}
+    build(tmp_path / "a", "internlm2", fused=fused is not False, pieces=fused is not False, **choices)
+    revert("internlm2", tmp_path / "a", tmp_path / "b", 2, "--embed_split", "--verify")
+    build(tmp_path / "expected", "internlm2", fused=fused is not False, **choices)
+    expected, found = shards(tmp_path / "expected"), shards(tmp_path / "b")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert_same(found[name], expected[name])
+    assert settings(tmp_path / "b").get("enable_qkv_fusion") is fused
+    build(tmp_path / "odd", "internlm2", config={"enable_qkv_fusion": False})  # as reverting once wrote them
+    revert("internlm2", tmp_path / "odd", tmp_path / "c", 2, "--embed_split")
+    assert settings(tmp_path / "c")["enable_qkv_fusion"] is True
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,19 +222,30 @@ def test_the_intermediate_size_is_that_of_the_sources_own_multiple(
     assert ("mlp_ratio" in capsys.readouterr().err) == (ratio not in (None, 5.0, 4.7))
 
 
+@pytest.mark.parametrize(("size", "given", "multiple"), [(320, None, 64), (333, None, 1), (384, 256, 128), (6, 4, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_intermediate_size_is_written_with_what_builds_it(
+    family: str, size: int, given: int | None, multiple: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = Shape(layers=1, kv_heads=4, intermediate=size)
+    build(tmp_path / "a", family, shape=shape, config={"multiple_of": given})
+    revert(family, tmp_path / "a", tmp_path / "b", 1)
+    found = settings(tmp_path / "b")
+    assert found["multiple_of"] == multiple
+    assert builds_intermediate_size(ModelShape(32, size, 1, 1, 1, 1), found["mlp_ratio"], multiple)
+    assert f"needs multiple_of = {multiple}" in capsys.readouterr().err
+
+
 @given(st.integers(1, 9000), st.integers(1, 300), st.integers(1, 300))
 def test_a_ratio_builds_the_size_that_it_is_of(hidden: int, multiple: int, count: int) -> None:
     shape = ModelShape(hidden, multiple * count, 1, 1, 1, 1)
-    assert builds_intermediate_size(shape, mlp_ratio(shape, multiple), multiple)
+    assert builds_intermediate_size(shape, mlp_ratio(shape), multiple)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_size_or_setting_that_cannot_be_told_is_refused(
+def test_a_setting_that_cannot_be_written_is_refused(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shape = Shape(layers=1, kv_heads=4, intermediate=320)
-    build(tmp_path / "size", family, shape=shape)
-    assert "320 is not a multiple of 256" in refusal(family, capsys, tmp_path / "size", tmp_path / "b")
     for key, value in (("multiple_of", 0), ("multiple_of", "64"), ("weights", [torch.ones(2)]), ("long", 1 << 3000)):
         build(tmp_path / "odd", family, config={key: value})
         assert key in refusal(family, capsys, tmp_path / "odd", tmp_path / "b")

@@ -96,6 +96,9 @@ def random_layout(random: Random) -> Layout:
     interleaved = random.random() < 0.3
     may_be_left_out = [*HAS_DEFAULT, "norm_head", *([] if interleaved else ["adapt_hf"])]
     norm_head = family == "internlm2" and random.random() < 0.2
+    fused = family == "internlm" or random.random() < 0.7
+    pieces = family == "internlm2" and fused and random.random() < 0.4
+    may_be_left_out += ["enable_qkv_fusion"] if pieces else []
     choices = {
         "shape": shape,
         **run,
@@ -104,7 +107,8 @@ def random_layout(random: Random) -> Layout:
         "bias": not llama_like and random.random() < 0.5,
         "embedding": random.choice(["hidden", *([] if run["wp"] else ["vocabulary"]), "unnamed vocabulary"]),
         "interleaved": interleaved,
-        "fused": random.random() < 0.7,
+        "fused": fused,
+        "pieces": pieces,
         "mlp_version": version,
         "prefix": random.choice(["", "model."]),
         "inv_freq": random.random() < 0.3,
@@ -144,7 +148,7 @@ def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
     outcome = run_script(f"revert_{layout.family}", words)
     assert outcome.status == 0, outcome
     if layout.choices["dtype"] is DTYPES[layout.dtype] and not layout.choices["norm_head"]:
-        _check_reverted(layout, folder, "back")
+        _check_reverted(layout, folder, "back", fused=True)
     converted(folder / "back", folder / "again", layout.back)
     first, second = contents(folder / "hf"), contents(folder / "again")
     different = [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)]
@@ -161,13 +165,13 @@ def _check_relaid(layout: Layout, folder: Path) -> None:
         assert_refused(outcome)
         return
     assert outcome.status == 0, outcome
-    _check_reverted(layout, folder, "relaid")
+    _check_reverted(layout, folder, "relaid", fused=layout.choices["fused"])
 
 
-def _check_reverted(layout: Layout, folder: Path, found: str) -> None:
+def _check_reverted(layout: Layout, folder: Path, found: str, *, fused: bool) -> None:
     """The shards are those that training would have written in this layout."""
     kept = {key: layout.choices[key] for key in ("shape", "dtype", "bias", "seed")}
-    build(folder / "oracle", layout.family, **kept, **layout.back)
+    build(folder / "oracle", layout.family, **kept, **layout.back, fused=fused)
     names = sorted(path.name for path in (folder / "oracle").glob("model_*p*_pp*.pt"))
     assert names == sorted(path.name for path in (folder / found).glob("model_*p*_pp*.pt"))
     both_names = layout.back["tp"] == 1  # of an embedding that one shard has all of

@@ -68,7 +68,9 @@ class Recipe:
     """"hidden": columns [V, H/tp]; "vocabulary": rows [V/tp, H], named word_embeddings; "unnamed vocabulary": rows."""
     interleaved: bool = False
     fused: bool = True
-    """internlm2: wqkv, or wq, wk and wv."""
+    """internlm2: wqkv, or wq, wk and wv (enable_qkv_fusion=False)."""
+    pieces: bool = False
+    """internlm2: the rows of a rank's wqkv cut into three, under the names wq, wk and wv."""
     mlp_version: int = 2
     """internlm: 1 = up is w2 and down w3, 2 = up is w3 and down w2."""
     prefix: str = ""
@@ -292,8 +294,13 @@ def _rank_layer(recipe: Recipe, layer: Tensors, ranks: _Ranks) -> Iterator[tuple
         q, k, v = (layer[f"{x}{suffix}"] if isp else part(f"{x}{suffix}") for x in "qkv")
         if recipe.interleaved:
             q, k = _interleaved(q, recipe.shape), _interleaved(k, recipe.shape)
+        rows = [len(tensor) // wp for tensor in (q, k, v)]
         for name, tensor in _attention_inputs(recipe, q, k, v):
-            yield f"{attention}.{name}.{kind}", tensor.chunk(wp, 0)[ranks.wp]
+            own = tensor.chunk(wp, 0)[ranks.wp]
+            if recipe.pieces and kind == "weight":
+                yield from zip((f"{attention}.{x}.weight" for x in ("wq", "wk", "wv")), own.split(rows), strict=True)
+            else:
+                yield f"{attention}.{name}.{kind}", own
     yield f"{attention}.{out}.weight", part("o", 1)
     if recipe.bias and (isp or ranks.tp == 0):
         yield f"{attention}.{out}.bias", part("o_bias") if isp else layer["o_bias"]
@@ -348,6 +355,8 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
         }
     elif recipe.interleaved:
         config["qk_interleaved"] = True
+    if recipe.pieces or not recipe.fused:
+        config["enable_qkv_fusion"] = recipe.fused
     if recipe.fused_mlp:
         config["mlp_layer_fusion"] = True
     config |= recipe.config

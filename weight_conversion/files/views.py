@@ -11,6 +11,7 @@ tensor that it belongs to attached, so that a pair of Views says which bytes of 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -115,29 +116,30 @@ Pair = tuple[View, View]
 
 
 def across(pair: Pair, pieces: Sequence[View]) -> Iterator[Pair]:
-    """A pair whose second window lies on a tensor that is stored in equal `pieces`, as pairs with windows on these.
+    """A pair whose second window lies on a tensor that is stored in `pieces`, as pairs with windows on these.
 
     The pieces are whole tensors that, laid end to end, are the tensor that the window is on.
     """
     full, joined = pair
-    piece_size = math.prod(pieces[0].shape)
+    ends = list(itertools.accumulate(math.prod(piece.shape) for piece in pieces))
     span = 1 + sum((size - 1) * stride for size, stride in zip(joined.shape, joined.strides, strict=True))
-    index = joined.offset // piece_size
-    if joined.offset + span <= (index + 1) * piece_size:
-        yield full, View(pieces[index].tensor, joined.shape, joined.strides, joined.offset - index * piece_size)
+    index = _piece_with(ends, joined.offset, span)
+    if index is not None:
+        begin = ends[index - 1] if index else 0
+        yield full, View(pieces[index].tensor, joined.shape, joined.strides, joined.offset - begin)
         return
     dim = max((d for d, size in enumerate(joined.shape) if size > 1), key=lambda d: joined.strides[d])
     size, stride = joined.shape[dim], joined.strides[dim]
     inner = span - (size - 1) * stride  # elements that one index along `dim` reaches over
-
-    def piece_of(i: int) -> int | None:
-        """The piece that index `i` lies in as a whole; None where it lies in several."""
-        start = joined.offset + i * stride
-        index = start // piece_size
-        return index if start + inner <= (index + 1) * piece_size else None
-
-    for piece, run in itertools.groupby(range(size), key=piece_of):
+    pieces_with = [_piece_with(ends, joined.offset + i * stride, inner) for i in range(size)]
+    for piece, run in itertools.groupby(range(size), key=pieces_with.__getitem__):
         indices = list(run)
         runs = [(i, 1) for i in indices] if piece is None else [(indices[0], len(indices))]
         for start, length in runs:
             yield from across((full.narrow(dim, start, length), joined.narrow(dim, start, length)), pieces)
+
+
+def _piece_with(ends: Sequence[int], start: int, span: int) -> int | None:
+    """The piece that `span` elements from `start` on lie in as a whole; None where they lie in several."""
+    index = bisect.bisect_right(ends, start)
+    return index if start + span <= ends[index] else None

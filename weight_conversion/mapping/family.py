@@ -20,11 +20,13 @@ from .rules import (
     AttentionHeads,
     AttentionRows,
     HeadLayout,
+    InPieces,
     JoinedHalves,
     ModelShape,
     OnRankZero,
     Replicated,
     Rule,
+    Separate,
     Split,
 )
 from .table import LAYER, Column, Entry, Layout, Row, Table
@@ -47,10 +49,10 @@ class Family:
     package: str
     table: Table
     tokenizer: TokenizerSpec
-    layout_found: Callable[[TrainingCheckpoint, int | None], Layout]
-    """(checkpoint, --version or None) -> the choices that its tensors were saved under."""
-    layout_written: Callable[[Layout, int], Layout]
-    """(choices of either family, --version) -> all choices that reverting writes."""
+    layout_found: Callable[[TrainingCheckpoint, int | None, Callable[[str], None]], Layout]
+    """(checkpoint, --version or None, warn) -> the choices that its tensors were saved under."""
+    layout_written: Callable[[Layout, int, Layout], Layout]
+    """(choices of either family, --version, those that the source was saved under) -> all that reverting writes."""
     hf_config: Callable[[Rope], dict[str, Any]]
     """Keys of config.json that only this family has."""
     training_config: Callable[[ModelShape, Mapping[str, Any], Rope], dict[str, Any]]
@@ -125,7 +127,7 @@ def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout)
 
 def _kv_heads_found(checkpoint: TrainingCheckpoint, table: Table, layout: Layout, heads: int, hidden_size: int) -> int:
     """The key/value heads that the rows of q, k and v leave; as many as heads where that is no whole number."""
-    row = next(row for row in table.rows_for(layout) if isinstance(row.rule, AttentionHeads | AttentionRows))
+    row = next(row for row in table.rows_for(layout) if isinstance(row.rule, AttentionHeads | AttentionRows | InPieces))
     first = [checkpoint.first(name.replace(LAYER, "0")) for name in row.training]
     rows = sum(tensor.shape[0] for tensor in first if tensor is not None and tensor.shape)
     kv_rows = (rows * checkpoint.grid.size(row.rule.over) - hidden_size) * heads
@@ -209,15 +211,10 @@ def builds_intermediate_size(shape: ModelShape, ratio: object, multiple: int) ->
     return -(-int(shape.hidden_size * ratio) // multiple) * multiple == shape.intermediate_size
 
 
-def mlp_ratio(shape: ModelShape, multiple: int = INTERMEDIATE_MULTIPLE) -> float:
-    """A ratio from which the training framework computes exactly this intermediate size."""
+def mlp_ratio(shape: ModelShape) -> float:
+    """A ratio from which the training framework computes exactly this intermediate size, with a multiple_of of it."""
     size = shape.intermediate_size
     ratio = size / shape.hidden_size
-    if size % multiple:
-        raise ConversionError(
-            f"intermediate size {size} is not a multiple of {multiple}: InternEvo would build "
-            f"{-(-size // multiple) * multiple} and not load these weights."
-        )
     if int(shape.hidden_size * ratio) < size:  # the quotient was rounded down
         ratio = math.nextafter(ratio, math.inf)
     return ratio
@@ -335,14 +332,19 @@ def head_rows(names: Names, *only: str) -> list[Row]:
 
 
 def attention_rows(training: Heads, hf: Heads, kind: str, *only: str) -> list[Row]:
-    """The q, k and v tensors (`kind`: weight or bias), with heads in halves and interleaved."""
+    """The q, k and v tensors (`kind`: weight or bias), with heads in halves and interleaved.
+
+    Where the layout is of one tensor and the names are three, training saves pieces of that tensor under them.
+    """
     layout, names = training
+    in_pieces = len(names) > 1 and not isinstance(layout, Separate)
     rows = []
     for order in ORDER_CHOICES:
         for mode, rule in ((TENSOR_PARALLEL, AttentionHeads), (ISP, AttentionRows)):
+            wholes = [rule(layout, form[0], interleaved=order == INTERLEAVED) for form in (hf, llama.QKV)]
             own, other = (
-                _heads_column(form, kind, rule(layout, form[0], interleaved=order == INTERLEAVED))
-                for form in (hf, llama.QKV)
+                _heads_column(form, kind, InPieces(whole) if in_pieces else whole)
+                for form, whole in zip((hf, llama.QKV), wholes, strict=True)
             )
             parts = tuple(f"{name}.{kind}" for name in names)
             rows.append(Row(parts, own.hf, own.dims, own.rule, frozenset({order, mode, *only}), other))

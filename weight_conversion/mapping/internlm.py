@@ -7,7 +7,7 @@ what an older reverting script wrote. Training on the Hugging Face class saves t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ KNOWN_NAMES = (
 )
 
 
-def _layout_found(checkpoint: TrainingCheckpoint, version: int | None) -> Layout:
+def _layout_found(checkpoint: TrainingCheckpoint, version: int | None, warn: Callable[[str], None]) -> Layout:
     def holds(names: _Names) -> bool:
         return any(tensor.startswith(f"{names.mlp}.") for tensor in checkpoint.tensors)
 
@@ -164,7 +164,7 @@ def _down_shape(checkpoint: TrainingCheckpoint, gate: tuple[int, ...]) -> tuple[
     return (gate[1] // wp_size, gate[0] * wp_size)
 
 
-def _layout_written(common: Layout, version: int) -> Layout:
+def _layout_written(common: Layout, version: int, source: Layout) -> Layout:
     return common | {NATIVE, VERSION_1 if version == 1 else VERSION_2}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..folders.internevo_folder import TrainingCheckpoint
@@ -28,12 +28,14 @@ from .llama import DOWN, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, UP
 from .rules import Grouped, ModelShape, Separate
 from .table import Layout, Table
 
-FUSED, SEPARATE = "wqkv", "wq, wk, wv"
-"""Training holds q, k and v in one tensor, or (its load hooks split it) in three."""
+FUSED, SEPARATE, PIECES = "wqkv", "wq, wk, wv", "wqkv saved as wq, wk, wv"
+"""Training holds q, k and v in one weight, or with enable_qkv_fusion=False in three. From September 2024 on it saved
+the one weight, not its bias, as three pieces under the names of the three (a hook in internlm/model/modules/mha.py)."""
 
 LAYER, HF_LAYER = "layers.{layer}", "model.layers.{layer}"
 ONE = (Grouped(), [f"{LAYER}.attention.wqkv"])
 THREE = (Separate(), [f"{LAYER}.attention.wq", f"{LAYER}.attention.wk", f"{LAYER}.attention.wv"])
+IN_PIECES = (Grouped(), THREE[1])
 HF_ONE = (Grouped(), [f"{HF_LAYER}.attention.wqkv"])
 
 
@@ -48,7 +50,9 @@ TABLE = Table(
         *embedding_rows("tok_embeddings", "model.tok_embeddings.weight"),
         *attention_rows(ONE, HF_ONE, "weight", FUSED),
         *attention_rows(THREE, HF_ONE, "weight", SEPARATE),
+        *attention_rows(IN_PIECES, HF_ONE, "weight", PIECES),
         *attention_rows(ONE, HF_ONE, "bias", FUSED, BIAS),
+        *attention_rows(ONE, HF_ONE, "bias", PIECES, BIAS),
         *attention_rows(THREE, HF_ONE, "bias", SEPARATE, BIAS),
         *linear_rows(_same("attention.wo.weight", f"{OUT}.weight"), "hidden_size q_rows", 1),
         *output_bias_rows(_same("attention.wo.bias", f"{OUT}.bias")),
@@ -59,21 +63,35 @@ TABLE = Table(
         norm_row(("norm.weight", "model.norm.weight", NORM)),
         *head_rows(("output.weight", "output.weight", HEAD)),
     ),
-    choices=((FUSED, SEPARATE), *COMMON_CHOICES),
+    choices=((FUSED, SEPARATE, PIECES), *COMMON_CHOICES),
     ignored=RECOMPUTED,
 )
 # fmt: on
 
 
-def _layout_found(checkpoint: TrainingCheckpoint, version: int | None) -> Layout:
+def _layout_found(checkpoint: TrainingCheckpoint, version: int | None, warn: Callable[[str], None]) -> Layout:
     names = checkpoint.tensors
     bias = any(f"layers.0.attention.{w}.bias" in names for w in ("wqkv", "wq", "wo"))
-    separate = "layers.0.attention.wq.weight" in names
-    return choices_found(checkpoint, "tok_embeddings", bias=bias) | {SEPARATE if separate else FUSED}
+    return choices_found(checkpoint, "tok_embeddings", bias=bias) | {_qkv_found(checkpoint, warn)}
 
 
-def _layout_written(common: Layout, version: int) -> Layout:
-    return common | {FUSED}
+def _qkv_found(checkpoint: TrainingCheckpoint, warn: Callable[[str], None]) -> str:
+    """Which of the three: the names and shapes of SEPARATE and PIECES are the same."""
+    if "layers.0.attention.wq.weight" not in checkpoint.tensors:
+        return FUSED
+    fused = checkpoint.config.get("enable_qkv_fusion")
+    if fused is None:
+        warn(
+            f"{checkpoint.folder}: wq, wk and wv are read as pieces of one wqkv, as which InternEvo saves InternLM2 "
+            f"since September 2024. If three weights were trained, set enable_qkv_fusion to False in "
+            f"{checkpoint.config_file.name}, where it is left out (docs/layouts.md shows how)."
+        )
+    return PIECES if fused is None or fused else SEPARATE
+
+
+def _layout_written(common: Layout, version: int, source: Layout) -> Layout:
+    """A run with enable_qkv_fusion=False takes a wqkv for [q; k; v], which it is not."""
+    return common | {SEPARATE if SEPARATE in source else FUSED}
 
 
 def _hf_config(rope: Rope) -> dict[str, Any]:

@@ -13,11 +13,13 @@ weight-parallel ranks (isp) hold equal runs of rows, wherever that cuts (Attenti
     [w1; w3] of 2 ranks:  [ a b c d ]   rank 0 holds a b, rank 1 c d; saved as  rank 0: w1 = a, w3 = b
                             w1  w3                                              rank 1: w1 = c, w3 = d
 
-Attention rows come in three layouts (g = query heads per key/value head, hd = head dimension):
+Attention rows come in four layouts (g = query heads per key/value head, hd = head dimension):
 
     SEPARATE   wq: [q0 q1 q2 q3]   wk: [k0 k1]   wv: [v0 v1]     three tensors, heads in order
     GROUPED    wqkv: [q0 q1 k0 v0 | q2 q3 k1 v1]                 one tensor, one group per key/value head (InternLM2)
     STACKED    Wqkv: [q0 q1 q2 q3 | k0 k1 | v0 v1]               one tensor, three blocks (InternLM, per rank)
+
+    PIECES     wq: [q0 q1 k0 v0]   wk: [q2 q3]   wv: [k1 v1]     the rows of GROUPED, cut into three (InternLM2)
 
 and each q and k head has its hd rows either in halves (x0 x1 .. | y0 y1 ..), as Hugging Face models rotate them, or
 interleaved (x0 y0 x1 y1 ..), as training with `adapt_hf=False` / `qk_interleaved=True` does.
@@ -283,10 +285,36 @@ class AttentionRows:
             yield from across((full, window), chunks[number])
 
 
+@dataclass(frozen=True)
+class InPieces:
+    """The one tensor that a rank holds by the rule `whole` is saved as three, laid end to end: so many rows as q has,
+    as k has and as v has, whatever is in them."""
+
+    whole: AttentionHeads | AttentionRows
+
+    @property
+    def over(self) -> Group:
+        return self.whole.over
+
+    def part_of(self, rank: int, size: int) -> int | None:
+        return self.whole.part_of(rank, size)
+
+    def part_shapes(self, fulls: Shapes, size: int, shape: ModelShape) -> list[tuple[int, ...]]:
+        self.whole.part_shapes(fulls, size, shape)
+        rows = (shape.q_rows, shape.kv_rows, shape.kv_rows)
+        return [Split(0).part_shapes([(count, *fulls[0][1:])], size, shape)[0] for count in rows]
+
+    def pairs(self, fulls: Sequence[View], parts: Sequence[Sequence[View]], shape: ModelShape) -> Iterator[Pair]:
+        joined = [_laid_end_to_end(part) for part in parts]
+        for full, window in self.whole.pairs(fulls, [[view] for view in joined], shape):
+            rank = next(rank for rank, view in enumerate(joined) if view.tensor is window.tensor)
+            yield from across((full, window), parts[rank])
+
+
 def _laid_end_to_end(pieces: Sequence[View]) -> View:
     """A tensor that is stored nowhere: the rows of all pieces."""
-    first = pieces[0].tensor
-    return replace(first, shape=(len(pieces) * first.shape[0], *first.shape[1:])).view()
+    first, rows = pieces[0].tensor, sum(piece.shape[0] for piece in pieces)
+    return replace(first, shape=(rows, *first.shape[1:])).view()
 
 
 def _by_kind(fulls: Sequence[View], parts: Sequence[View], interleaved: bool) -> Iterator[Pair]:

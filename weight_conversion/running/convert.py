@@ -108,7 +108,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
 def _understand(family: Family, form: Form, request: ConvertRequest, reporter: Reporter) -> _Source:
     check_checkpoint(request.source)
     checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
-    found = understood(family, form.table, checkpoint, request.version)
+    found = understood(family, form.table, checkpoint, request.version, reporter.warn)
     return _Source(**vars(found), normalizes_head=_normalizes_head(checkpoint, request))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,9 +44,6 @@ from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, check_replic
 
 HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
 """With tie_word_embeddings a folder leaves the head out: it is the embedding."""
-
-PLAIN = ("norm_head", "embed_grad_scale", "use_dynamic_ntk_rope", "use_flash_attn")
-"""Settings of a training checkpoint that are numbers, or a yes or no."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
 
 def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
     if is_checkpoint(request.source):
-        return _understand_checkpoint(family, request)
+        return _understand_checkpoint(family, request, reporter)
     return _understand_folder(family, request, reporter)
 
 
@@ -163,11 +161,12 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
             tensors.setdefault(head, tensors[embedding])
     has_bias = any(name.endswith(".bias") for name in tensors)
     form.check(folder.config, shape, has_bias, where)
-    fulls = match_hf(tensors, form.table, _layout(family, request, has_bias), shape, str(request.source))
+    layout = _layout(family, request, has_bias, frozenset())
+    fulls = match_hf(tensors, form.table, layout, shape, str(request.source))
     return _Source(folder.config, where, shape, has_bias, fulls, lambda: verify_files(folder))
 
 
-def _understand_checkpoint(family: Family, request: RevertRequest) -> _Source:
+def _understand_checkpoint(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
     """A training checkpoint, by way of the tensors that converting it would give: they are gathered block by block."""
     if request.safetensors:
         raise ConversionError(
@@ -180,7 +179,7 @@ def _understand_checkpoint(family: Family, request: RevertRequest) -> _Source:
             "what that writes."
         )
     try:
-        found = understood(family, family.table, checkpoint, None)
+        found = understood(family, family.table, checkpoint, None, reporter.warn)
     except UndecidedError as error:  # --version says what is to be written
         raise ConversionError(
             f"{request.source}: w1, w2 and w3 are square, so their shapes do not tell which is the up projection. "
@@ -197,7 +196,7 @@ def _understand_checkpoint(family: Family, request: RevertRequest) -> _Source:
         ]
         gathered |= {move.full.name: move for move in Match(entry, fulls, copies[:1]).moves(found.shape)}
     tensors = {name: move.full for name, move in gathered.items()}
-    layout = _layout(family, request, found.has_bias)
+    layout = _layout(family, request, found.has_bias, found.layout)
     fulls_found = match_hf(tensors, family.table, layout, found.shape, str(request.source))
     return _Source(
         _in_words_of_hf(checkpoint),
@@ -206,18 +205,14 @@ def _understand_checkpoint(family: Family, request: RevertRequest) -> _Source:
         found.has_bias,
         fulls_found,
         lambda: verify_checkpoint(checkpoint),
-        _checked_settings(checkpoint),
+        _writable_settings(checkpoint),
         gathered,
     )
 
 
-def _checked_settings(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
-    """The settings of model_config.pt; ConversionError where one is not what it should be, or cannot be written."""
+def _writable_settings(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
+    """The settings of model_config.pt; ConversionError where one cannot be written."""
     for key, value in checkpoint.config.items():
-        if key in PLAIN and not isinstance(value, bool | int | float | None):
-            raise ConversionError(
-                f"{checkpoint.config_file}: {key} is {shown(value)}, expected a number or a yes or no."
-            )
         try:
             dumps(value)
         except (TypeError, OverflowError) as error:
@@ -249,12 +244,12 @@ def _check_sizes(request: RevertRequest, shape: ModelShape, where: Path) -> None
             )
 
 
-def _layout(family: Family, request: RevertRequest, has_bias: bool) -> Layout:
-    """The choices that the run makes."""
+def _layout(family: Family, request: RevertRequest, has_bias: bool, source: Layout) -> Layout:
+    """The choices that the run makes, where `source` is the layout that training saved."""
     embedding = HIDDEN_SPLIT if request.hidden_split else VOCABULARY_SPLIT
     joined = request.mlp_layer_fusion
     common = common_choices(request.grid.names, embedding, HALVES, joined=joined, bias=has_bias)
-    return family.layout_written(common, request.version)
+    return family.layout_written(common, request.version, source)
 
 
 def _run(request: RevertRequest, shape: ModelShape) -> Run:
@@ -365,7 +360,7 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
     dtypes = {fulls[0].dtype for _, fulls in source.fulls}
     if len(dtypes) > 1:
         reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
-    multiple = positive_integer(source.training, "multiple_of", where, INTERMEDIATE_MULTIPLE)
+    multiple = _multiple(source, reporter)
     ratio = _mlp_ratio(source, multiple, reporter)
     built = {
         "num_chunks": request.num_chunks,
@@ -406,12 +401,29 @@ DECIDED = ("num_chunks", "embed_split_hidden", "qk_interleaved", "mlp_layer_fusi
 
 def _decided_if_said(source: _Source) -> dict[str, Any]:
     """What the shards written are, in settings that not every version has."""
+    written = [name for entry, _ in source.fulls for name in entry.training]
     return {
         "adapt_hf": True,
+        "enable_qkv_fusion": all(not name.endswith(".wq.weight") for name in written),
         "no_bias": not source.has_bias,
         "num_kv_attention_heads": source.shape.num_kv_heads,
         "vocab_parallel": False,
     }
+
+
+def _multiple(source: _Source, reporter: Reporter) -> int:
+    """What the framework is to round the intermediate size up to: as training had it, where that divides the size."""
+    given = positive_integer(source.training, "multiple_of", source.where, INTERMEDIATE_MULTIPLE)
+    size = source.shape.intermediate_size
+    multiple = math.gcd(size, given)
+    if multiple != given:
+        reporter.warn(
+            f"the intermediate size {size} is not a multiple of {given}, to which InternEvo rounds up: the training "
+            f"configuration needs multiple_of = {multiple}, as model_config.pt has it. InternEvo of early 2024 and "
+            f"before knows no such setting and builds {-(-size // INTERMEDIATE_MULTIPLE) * INTERMEDIATE_MULTIPLE}: it "
+            "cannot load this model."
+        )
+    return multiple
 
 
 def _mlp_ratio(source: _Source, multiple: int, reporter: Reporter) -> Any:
@@ -419,7 +431,7 @@ def _mlp_ratio(source: _Source, multiple: int, reporter: Reporter) -> Any:
     given = source.training.get("mlp_ratio")
     if builds_intermediate_size(source.shape, given, multiple):
         return given
-    ratio = mlp_ratio(source.shape, multiple)
+    ratio = mlp_ratio(source.shape)
     if given is not None:
         reporter.warn(
             f"{source.where} says mlp_ratio = {shown(given)}, from which InternEvo would not build the intermediate "

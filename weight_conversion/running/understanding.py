@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConversionError, shown
@@ -13,6 +13,7 @@ from ..mapping.family import Family, training_shape
 from ..mapping.matching import Parts, match_training
 from ..mapping.rules import ModelShape
 from ..mapping.table import Entry, Layout, Table
+from ..mapping.training_settings import check_settings
 
 DEFAULT_NORM_EPSILON = 1e-5
 DEFAULT_ROPE_BASE = 10000
@@ -33,14 +34,17 @@ class Understood:
         return any(name.endswith(".bias") for entry, _ in self.parts for name in entry.hf)
 
 
-def understood(family: Family, table: Table, checkpoint: TrainingCheckpoint, version: int | None) -> Understood:
+def understood(
+    family: Family, table: Table, checkpoint: TrainingCheckpoint, version: int | None, warn: Callable[[str], None]
+) -> Understood:
     """`table` says what the Hugging Face tensors are; ConversionError where the checkpoint is none of the family."""
+    check_settings(checkpoint.config, checkpoint.config_file, warn)
     experts = [name for name in checkpoint.tensors if "moe" in name or "expert" in name]
     if experts:
         raise ConversionError(
             f"{checkpoint.folder} is a mixture of experts (MoE, tensor {shown(experts[0])}): not supported."
         )
-    layout = family.layout_found(checkpoint, version)
+    layout = family.layout_found(checkpoint, version, warn)
     shape = training_shape(checkpoint, table, layout)
     family.check_heads(shape, checkpoint.config_file)
     return Understood(checkpoint, layout, shape, match_training(checkpoint, table, layout, shape))
