@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -119,6 +121,7 @@ class Trained:
 
     losses: list[float]
     norms: list[dict[str, float]]
+    tokens: list[int]
     evaluated: float
     folder: Path
 
@@ -186,6 +189,43 @@ def check_converted(saved: Path, converted: Path, family: Family) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True, torch_dtype="auto").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(logits["ids"]).logits, logits["logits"].to(model.dtype), atol=1e-4, rtol=0)
+
+
+def tokenized(family: Family, tokenizer: Path, folder: Path) -> list[str]:
+    """What the framework's tools/tokenizer.py makes of lines of text, with this repository's class; the lines.
+
+    A line of JSON for each, and where it begins and how many tokens it has in a table beside it.
+    """
+    words = family.cls("Tokenizer")(vocab_file=str(tokenizer), add_bos_token=True, add_eos_token=True)
+    lines = [f"{number} trains leave the station, and {number + 1} return" for number in range(400)]
+    content, table = b"", []
+    for line in lines:
+        ids = words.encode(line)
+        table.append((len(content), len(ids)))
+        content += json.dumps({"tokens": ids}).encode() + b"\n"
+    (folder / "en").mkdir(parents=True)
+    (folder / "en" / "train.bin").write_bytes(content)
+    with (folder / "en" / "train.bin.meta").open("wb") as file:
+        np.save(file, np.array(table, dtype=np.int32))
+    return lines
+
+
+@pytest.mark.parametrize("flags", [(), ("--unpacked",)], ids=["packed", "unpacked"])
+def test_the_frameworks_loader_feeds_what_our_tokenizer_made(
+    framework: Path, family: Family, flags: tuple[str, ...], tokenizer: Path, tmp_path: Path
+) -> None:
+    lines = tokenized(family, tokenizer, tmp_path / "data")
+    run = trained(framework, family, tmp_path / "saved", "--data", tmp_path / "data", "--steps", "8", *flags)
+    print(f"{family} {' '.join(flags)}: loss {[round(loss, 3) for loss in run.losses]}")
+    words = family.cls("Tokenizer")(vocab_file=str(tokenizer))
+    ends = [place for place, token in enumerate(run.tokens) if token == words.eos_token_id]
+    assert len(ends) > 1  # several lines in a row, of which the first and the last may be cut
+    whole = itertools.pairwise(ends) if not flags else itertools.pairwise([-1, *ends])
+    for before, end in whole:
+        assert words.decode(run.tokens[before + 1 : end], skip_special_tokens=True) in lines
+    more = ("--dtype", "float32", "--config", str(run.folder / "class"))
+    assert convert(family, run.folder, tmp_path / "hf", tokenizer, *more) == 0
+    check_converted(run.folder, tmp_path / "hf", family)
 
 
 def test_ranks_train_alike(framework: Path, family: Family, tokenizer: Path, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
     python train.py CONFIG.py TARGET --dtype float32 --unpacked --mode isp --tp 1 --dp 1 --steps 4
 
 To be run in an InternEvo folder that has the page's four steps in it; CONFIG.py is step 4's. The weights that
-ckpt_type="hf_model" reads are compared with the folder's, the ZeRO optimizer trains on one batch, the loss has to
-fall, and the framework saves into TARGET. Prints a line of JSON.
+ckpt_type="hf_model" reads are compared with the folder's, the ZeRO optimizer trains on one batch, or with --data on
+what the framework's own loader reads, the loss has to fall, and the framework saves into TARGET. Prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--wp", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--data", type=Path, help="folder of tokenized text, for the framework's own loader")
     parser.add_argument("--replaced", action="store_true", help="put the framework's modules into the model")
     parser.add_argument("--default_shape", type=json.loads, default={}, help="in the place of the class's defaults")
     arguments = parser.parse_args()
@@ -92,6 +94,8 @@ def settings(written: dict[str, Any], arguments: argparse.Namespace) -> dict[str
         "total_steps": arguments.steps,
         "skip_batches": "",
     }
+    if arguments.data is not None:
+        data |= {"type": "tokenized", "train_folder": str(arguments.data), "num_worker": 0}
     scaler = {"initial_scale": 2**16 if arguments.dtype == "float16" else 1, "min_scale": 1, "growth_interval": 1000}
     return {
         **page,
@@ -137,6 +141,7 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from internlm.checkpoint import CheckpointManager
     from internlm.checkpoint.components import save_model_checkpoint
     from internlm.core.trainer import TrainState
+    from internlm.data import build_train_loader_with_data_type
     from internlm.initialize.initialize_trainer import initialize_trainer
     from internlm.model.losses import FlashGPTLMLoss
     from internlm.train import initialize_model, initialize_optimizer, initialize_parallel_communicator
@@ -151,15 +156,17 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     model = initialize_model()
     communicator = initialize_parallel_communicator(model)
     optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(model, communicator)
+    loader = None if arguments.data is None else build_train_loader_with_data_type()[0]
+    train_state = TrainState(config, None if loader is None else loader.batch_sampler)
     manager = CheckpointManager(
         ckpt_config=config.ckpt,
         model=model,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
-        train_dl=None,
+        train_dl=loader,
         model_config=config.model,
     )
-    manager.try_resume_training(TrainState(config, None))
+    manager.try_resume_training(train_state)
     if not arguments.replaced:
         check_loaded(model.model, folder)
     trainer, _, _, _ = initialize_trainer(
@@ -170,7 +177,8 @@ def run(context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         beta2_scheduler=beta2_scheduler,
         scheduler_hooks=[],
     )
-    said = {**steps(trainer, arguments), "evaluated": evaluated(trainer)}
+    given = repeated(batch(not arguments.unpacked)) if loader is None else loaded(loader, train_state)
+    said = {**steps(trainer, given, arguments.steps), "evaluated": evaluated(trainer)}
     arguments.target.mkdir(parents=True, exist_ok=True)
     save_model_checkpoint(f"local:{arguments.target}", model.model)
     check_resumes(model.model, arguments.target)
@@ -297,15 +305,31 @@ def batch(packed: bool) -> Any:
     return data, labels
 
 
-def steps(trainer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Training steps on one batch, whose loss has to fall."""
+def repeated(data: Any) -> Iterator[Any]:
+    while True:
+        yield copy.deepcopy(data)
+
+
+def loaded(loader: Any, train_state: Any) -> Iterator[Any]:
+    """Batch after batch, as the framework's training loop asks for them."""
+    from internlm.train import load_new_batch
+
+    remaining = iter(loader)
+    while True:
+        data, remaining = load_new_batch(loader, remaining, train_state)
+        data[0].pop("type_ids")
+        yield data
+
+
+def steps(trainer: Any, batches: Iterator[Any], count: int) -> dict[str, Any]:
+    """Training steps, whose loss has to fall; `tokens` are those of the first micro batch."""
     trainer.train()
-    data = batch(not arguments.unpacked)
-    losses, norms = [], []
-    for _ in range(arguments.steps):
+    losses, norms, tokens = [], [], []
+    for _, data in zip(range(count), batches, strict=False):
+        tokens = tokens or data[0]["input_ids"][0].tolist()
         trainer.zero_grad()
         _, _, loss, *_ = trainer.execute_schedule(
-            iter([copy.deepcopy(data)]), forward_only=False, return_loss=True, return_output_label=False
+            iter([data]), forward_only=False, return_loss=True, return_output_label=False
         )
         losses.append(float(loss))
         succeeded, norm = trainer.step()
@@ -314,7 +338,7 @@ def steps(trainer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         norms.append({name: float(value) for name, value in norm.items()})
     if not losses[-1] < losses[0] - 0.1:
         raise AssertionError(f"the loss does not fall: {losses}")
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "tokens": tokens}
 
 
 def evaluated(trainer: Any) -> float:
