@@ -4,6 +4,10 @@
 
 Runs what `make test` runs a few times of, with counts as arguments, and writes them with what happened to
 benchmarks/fault_campaign.md. Ends with status 1 where a promise was broken; the first cases of each kind are printed.
+
+    python benchmarks/fault_campaign.py --only layouts --layouts 1000
+
+runs one part, and prints what happened.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from weight_conversion.signals import ENDING  # noqa: E402
 FAMILIES = ("internlm", "internlm2")
 BROKEN = "BROKEN"
 SHOWN = 3
+PARTS = ("disturbances", "damage", "tokenizers", "layouts")
 
 
 @dataclass
@@ -204,7 +209,8 @@ def report(lines: list[Line], arguments: argparse.Namespace) -> str:
     import torch
 
     disturbed = "each file operation" if arguments.one_in == 1 else f"one in {arguments.one_in} file operations"
-    words = " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name != "output")
+    left_out = ("output", "only")
+    words = " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name not in left_out)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, safetensors {safetensors.__version__}"
     broken = sum(line.verdicts[BROKEN] for line in lines)
     return "\n".join(
@@ -249,21 +255,24 @@ def main() -> int:
     add("--random", type=int, default=500, help="signals at random moments, for each direction and signal")
     add("--hanging", type=int, default=50, help="operations that never return, for each direction and signal")
     add("--seed", type=int, default=0)
+    add("--only", choices=PARTS, help="one part, written to no page")
     add("--output", type=Path, default=REPOSITORY / "benchmarks" / "fault_campaign.md")
     arguments = parser.parse_args()
     lines: list[Line] = []
     with quick_folder() as folder:
         tokenizer, random = train_quick_tokenizer(folder / "tokenizer.model"), Random(arguments.seed)
-        for source in (
+        parts = (
             disturbances(arguments, tokenizer),
             damage(arguments, random, tokenizer),
             tokenizers(arguments.tokenizers, random, tokenizer),
             layouts(arguments.layouts, random, tokenizer),
-        ):
-            for line in source:
+        )
+        for name, part in zip(PARTS, parts, strict=True):
+            for line in part if arguments.only in (None, name) else ():
                 lines.append(line)
                 print(line.row(), flush=True)
-    arguments.output.write_text(report(lines, arguments), encoding="utf-8")
+    if arguments.only is None:
+        arguments.output.write_text(report(lines, arguments), encoding="utf-8")
     return 1 if any(line.verdicts[BROKEN] for line in lines) else 0
 
 

@@ -89,10 +89,11 @@ def framework(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_model(family: Family, folder: Path) -> None:
+def save_model(family: Family, folder: Path, **more: Any) -> None:
     """What step 1 downloads: a small random model in the place of the published one, without code."""
     torch.manual_seed(0)
-    config = family.cls("Config")(**SHAPE, **SETTINGS[family.name], initializer_range=0.15)  # logits of about 1
+    settings = {**SHAPE, **SETTINGS[family.name], **more}
+    config = family.cls("Config")(**settings, initializer_range=0.15)  # logits of about 1
     model = family.cls("ForCausalLM")(config)
     for name, parameter in model.named_parameters():  # fresh ones are 1 and 0, which would hide a mistake
         if name.endswith(("norm.weight", "bias")):
@@ -107,7 +108,7 @@ def in_framework(folder: Path, script: str, *words: Any) -> str:
     paths = os.pathsep.join((str(folder), os.environ["PYTHONPATH"]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(HERE / script), *map(str, words)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -275,12 +276,17 @@ RUNS = [
     "--tp 1 --wp 4 --pp 2",
     "--tp 2 --wp 4",
     "--tp 1 --pp 2 --chunks 2",
+    "--tp 1 --wp 2 --mlp_layer_fusion",
 ]
+"""Sizes of the run; what follows them is in model_config.pt alone."""
 
 
-def reverted(framework: Path, family: Family, folder: Path, *flags: str) -> Path:
+def downloaded(framework: Path, family: Family) -> Path:
+    return framework / "huggingface_model" / MODELS[family.name]
+
+
+def reverted(source: Path, family: Family, folder: Path, *flags: str) -> Path:
     """Shards in `folder`, and beside them the logits that their model must give."""
-    source = framework / "huggingface_model" / MODELS[family.name]
     parser = revert_parser("revert", family.name, versions=family.name == "internlm")
     assert run_revert(family.name, parser.parse_args(["--src", str(source), "--tgt", str(folder), *flags])) == 0
     model = family.cls("ForCausalLM").from_pretrained(source).eval()
@@ -295,8 +301,8 @@ def test_the_framework_loads_what_revert_writes(
     framework: Path, family: Family, sizes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = re.sub(r"--(tp|pp|wp)", r"--\1_size", sizes).replace("--chunks", "--num_chunks")
-    folder = reverted(framework, family, tmp_path / "shards", "--embed_split", *words.split())
-    run = re.sub(r"--chunks \d", "", sizes).split()
+    folder = reverted(downloaded(framework, family), family, tmp_path / "shards", "--embed_split", *words.split())
+    run = re.sub(r"--chunks \d|--mlp_layer_fusion", "", sizes).split()
     capsys.readouterr()
     logits = folder.with_suffix(".logits")
     print(in_framework(framework, "load_shards.py", folder, family.name, *run, "--logits", logits).strip())
@@ -306,9 +312,17 @@ def test_a_vocabulary_split_embedding_loads_where_one_rank_has_it(
     framework: Path, family: Family, tmp_path: Path
 ) -> None:
     """This version looks for the other embedding alone, and says so in its log."""
-    whole = reverted(framework, family, tmp_path / "whole", "--tp_size", "1")
+    whole = reverted(downloaded(framework, family), family, tmp_path / "whole", "--tp_size", "1")
     logits = whole.with_suffix(".logits")
     in_framework(framework, "load_shards.py", whole, family.name, "--allow-second-name", "--logits", logits)
-    cut = reverted(framework, family, tmp_path / "cut", "--tp_size", "2")
+    cut = reverted(downloaded(framework, family), family, tmp_path / "cut", "--tp_size", "2")
     with pytest.raises(AssertionError, match=r"missing keys \['(tok_embeddings|embedding)\.weight'\]"):
         in_framework(framework, "load_shards.py", cut, family.name, "--tp", "2")
+
+
+def test_an_intermediate_size_that_256_does_not_divide_loads(framework: Path, family: Family, tmp_path: Path) -> None:
+    """With the multiple_of of model_config.pt, from which the framework builds the size."""
+    save_model(family, tmp_path / "hf", intermediate_size=200)
+    folder = reverted(tmp_path / "hf", family, tmp_path / "shards", "--embed_split", "--tp_size", "2")
+    flags = ("--tp", "2", "--logits", folder.with_suffix(".logits"))
+    print(in_framework(framework, "load_shards.py", folder, family.name, *flags).strip())
