@@ -418,7 +418,8 @@ class Bench:
     def generate(self) -> Iterator[Row]:
         context = self.arguments.context
         for backend in self.arguments.backends:
-            for what, how in GENERATE.items():
+            for what in self.arguments.generate:
+                how = GENERATE[what]
                 for batch in self.arguments.batches if what == "dynamic cache" else [1]:
                     if what != "dynamic cache" and "flash" in backend:  # reads all slots of a static cache
                         continue
@@ -508,6 +509,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=backends, default=backends)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192, 32768], help="prompts, in tokens")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--generate", nargs="+", choices=GENERATE, default=list(GENERATE), help="rows of that section")
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache before decoding")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer layers than the real shape, for a trial")

@@ -1,7 +1,8 @@
 """InternLM2 in plain PyTorch, for transformers 4.57 to 5.x.
 
 Shapes: B batch, T new tokens, S tokens attended to (cached and new), H hidden size, h query heads,
-k key/value heads, g = h / k query heads per key/value head, d = H / h head dimension, V vocabulary.
+k key/value heads, g = h / k query heads per key/value head, d = H / h head dimension, I intermediate size,
+V vocabulary.
 
 One product gives queries, keys and values. The rows of `wqkv` are grouped by key/value head, each group
 holding its g query heads, then its key, then its value:
@@ -155,6 +156,43 @@ def eager_attention_forward(
     return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the module is nn.Linear and no more: not by its type (quantized, LoRA), its hooks (offloading, tensor
+    parallelism) or a method in its own place."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and not hooked
+
+
+def sum_of_products(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """linear(states) of a single token, [1, 1, H] -> [1, 1, n], summed in float32 or better."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    product = (linear.weight.to(dtype) * states.flatten().to(dtype)).sum(-1)  # [n, H] -> [n]
+    if linear.bias is not None:
+        product = product + linear.bias
+    return product.to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def project(states: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+    """linear(states) of each, in a form from which torch.compile makes few and fast kernels for a single token.
+
+    Several products of one token on a GPU are written as sums. Inductor makes one kernel of them, biases included,
+    which reads the token once; the library has two for each, the second adding up the parts of the first. One product
+    alone stays the library's, which is as fast, and gets its bias afterwards: given it, Inductor calls the library
+    even where it was asked to tune a kernel of its own.
+    """
+    if not torch.compiler.is_compiling() or not all(is_plain(linear) for linear in linears):
+        return [linear(states) for linear in linears]
+    plain = cast(tuple[nn.Linear, ...], linears)
+    single = all(type(size) is int and size == 1 for size in states.shape[:-1])  # an exported size is a symbol
+    if len(plain) > 1 and states.is_cuda and single and not torch.is_autocast_enabled():
+        return [sum_of_products(states, linear) for linear in plain]
+    products = [F.linear(states, linear.weight) for linear in plain]
+    return [
+        product if linear.bias is None else product + linear.bias.to(product.dtype)  # autocast: the bias is float32
+        for product, linear in zip(products, plain, strict=True)
+    ]
+
+
 class InternLM2Attention(nn.Module):
     """Causal attention with grouped key/value heads; the backend is a function named by the config."""
 
@@ -181,7 +219,7 @@ class InternLM2Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, H] -> ([B, T, H], attention weights [B, h, T, S] where the backend gives them)."""
         # k is this process's share under tensor parallelism
-        qkv = self.wqkv(hidden_states).unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
+        qkv = project(hidden_states, self.wqkv)[0].unflatten(-1, (-1, self.num_key_value_groups + 2, self.head_dim))
         query_key, value = qkv.split((self.num_key_value_groups + 1, 1), dim=-2)  # [B, T, k, g + 1 and 1, d]
         query, key = rotate(query_key, *position_embeddings).split((self.num_key_value_groups, 1), dim=-2)
         query = query.flatten(2, 3).transpose(1, 2)  # [B, T, k, g, d] -> [B, h, T, d]
@@ -198,7 +236,7 @@ class InternLM2Attention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         output = output.reshape(*hidden_states.shape[:-1], -1)  # some backends give [B T, h d]
-        return self.wo(output), weights
+        return project(output, self.wo)[0], weights
 
 
 class InternLM2MLP(nn.Module):
@@ -212,7 +250,8 @@ class InternLM2MLP(nn.Module):
         self.act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
+        gate, up = project(hidden_states, self.w1, self.w3)  # [B, T, I]
+        return self.w2(self.act_fn(gate) * up)
 
 
 class InternLM2DecoderLayer(GradientCheckpointingLayer):

@@ -1,7 +1,7 @@
 """InternLM (the first generation) in plain PyTorch, for transformers 4.57 to 5.x.
 
 Shapes: B batch, T new tokens, S tokens attended to (cached and new), H hidden size, h heads, d = H / h head
-dimension, V vocabulary.
+dimension, I intermediate size, V vocabulary.
 
 With dynamic NTK scaling this family caches its keys before rotation, and every pass rotates all of them with the
 base that the sequence's length now calls for. Without it, rotated keys are cached.
@@ -148,19 +148,41 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """linear(states), in a form from which torch.compile makes one kernel for a single token.
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the module is nn.Linear and no more: not by its type (quantized, LoRA), its hooks (offloading, tensor
+    parallelism) or a method in its own place."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and not hooked
 
-    For a product with a bias in half precision, Inductor calls the library, which reads one row's weights at two
-    thirds of the memory's bandwidth; a product alone it compiles itself, and fuses what follows. A module that is
-    more than nn.Linear, by its type (quantized, LoRA) or by hooks (offloading, tensor parallelism), is called as it is.
+
+def sum_of_products(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """linear(states) of a single token, [1, 1, H] -> [1, 1, n], summed in float32 or better."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    product = (linear.weight.to(dtype) * states.flatten().to(dtype)).sum(-1)  # [n, H] -> [n]
+    if linear.bias is not None:
+        product = product + linear.bias
+    return product.to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def project(states: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+    """linear(states) of each, in a form from which torch.compile makes few and fast kernels for a single token.
+
+    Several products of one token on a GPU are written as sums. Inductor makes one kernel of them, biases included,
+    which reads the token once; the library has two for each, the second adding up the parts of the first. One product
+    alone stays the library's, which is as fast, and gets its bias afterwards: given it, Inductor calls the library
+    even where it was asked to tune a kernel of its own.
     """
-    if not torch.compiler.is_compiling() or type(linear) is not nn.Linear or linear.bias is None:
-        return linear(states)
-    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
-        return linear(states)
-    product = F.linear(states, linear.weight)
-    return product + linear.bias.to(product.dtype)  # autocast: the bias is float32
+    if not torch.compiler.is_compiling() or not all(is_plain(linear) for linear in linears):
+        return [linear(states) for linear in linears]
+    plain = cast(tuple[nn.Linear, ...], linears)
+    single = all(type(size) is int and size == 1 for size in states.shape[:-1])  # an exported size is a symbol
+    if len(plain) > 1 and states.is_cuda and single and not torch.is_autocast_enabled():
+        return [sum_of_products(states, linear) for linear in plain]
+    products = [F.linear(states, linear.weight) for linear in plain]
+    return [
+        product if linear.bias is None else product + linear.bias.to(product.dtype)  # autocast: the bias is float32
+        for product, linear in zip(products, plain, strict=True)
+    ]
 
 
 class InternLMAttention(nn.Module):
@@ -193,9 +215,9 @@ class InternLMAttention(nn.Module):
         With key_position_embeddings, those of all S keys, keys are cached before rotation.
         """
         heads = (-1, self.head_dim)  # as many as this process holds under tensor parallelism
-        query = rotate(project(self.q_proj, hidden_states).unflatten(-1, heads), *position_embeddings)  # [B, T, h, d]
-        key = project(self.k_proj, hidden_states).unflatten(-1, heads)  # [B, T, h, d]
-        value = project(self.v_proj, hidden_states).unflatten(-1, heads).transpose(1, 2)  # [B, h, T, d]
+        projections = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (projection.unflatten(-1, heads) for projection in projections)  # [B, T, h, d]
+        query, value = rotate(query, *position_embeddings), value.transpose(1, 2)  # [B, T, h, d], [B, h, T, d]
         if key_position_embeddings is None:
             key = rotate(key, *position_embeddings)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, h, T, d]
@@ -215,7 +237,7 @@ class InternLMAttention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[backend]
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         output = output.reshape(*hidden_states.shape[:-1], -1)  # some backends give [B T, h d]
-        return project(self.o_proj, output), weights
+        return project(output, self.o_proj)[0], weights
 
 
 class InternLMMLP(nn.Module):
@@ -229,7 +251,8 @@ class InternLMMLP(nn.Module):
         self.act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(hidden_states, self.gate_proj, self.up_proj)  # [B, T, I]
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class InternLMDecoderLayer(GradientCheckpointingLayer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from internlm_model.modeling_internlm import project
+from internlm_model.modeling_internlm import project, sum_of_products
 from tests.support.model_families import FAMILIES, Family, tokens
 from tests.support.rounding import assert_near, decided
 
@@ -80,7 +80,24 @@ def test_a_compiled_projection_that_is_more_than_linear_is_called() -> None:
     for linear in (plain, hooked, replaced, other):
         torch.compiler.reset()
         compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
-        assert_near(compiled(linear, states), linear(states))
+        for result in compiled(states, linear, plain)[:1] + compiled(states, linear):
+            assert_near(result, linear(states))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_product_written_as_a_sum_is_the_product(dtype: torch.dtype, bias: bool) -> None:
+    """Rounded to its type once, from a sum of float32, whose every addition rounds."""
+    torch.manual_seed(0)
+    linear, states = torch.nn.Linear(48, 20, bias=bias, dtype=dtype), torch.randn(1, 1, 48, dtype=dtype)
+    exact = copy.deepcopy(linear).double()(states.double())
+    found = torch.compile(sum_of_products, fullgraph=True, backend="aot_eager")(states, linear)
+    assert found.dtype is dtype
+    terms = linear.weight.double().abs() @ states.double().abs().flatten()
+    assert (
+        (found - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 49 * torch.finfo(torch.float32).eps * terms
+    ).all()
 
 
 def exported(model: Any) -> Any:
