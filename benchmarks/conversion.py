@@ -284,7 +284,7 @@ def main() -> None:
         for left in (hf, back, copy, plain):
             shutil.rmtree(left, ignore_errors=True)
         (work / "ballast").unlink(missing_ok=True)
-    _print(arguments, nbytes, series)
+    _print(arguments, nbytes, _pieces_in(tokenizer), series)
 
 
 def _small_tokenizer(work: Path) -> Path:
@@ -293,18 +293,25 @@ def _small_tokenizer(work: Path) -> Path:
     return train_tokenizer(work / "tokenizer.model")
 
 
+def _pieces_in(tokenizer: Path) -> int:
+    from weight_conversion.tokenizer.tokenizer_files import Tokenizer
+
+    return Tokenizer.read(tokenizer).vocab_size
+
+
 STARTS = ("help", "start-up")
 """Commands that move no bytes."""
 
 
-def _print(arguments: argparse.Namespace, nbytes: int, series: dict[str, Series]) -> None:
+def _print(arguments: argparse.Namespace, nbytes: int, pieces: int, series: dict[str, Series]) -> None:
+    tokenizer = "that was named" if arguments.tokenizer else "trained for the run"
     print(
         f"{arguments.preset}, tp {arguments.tp}, wp {arguments.wp}, pp {arguments.pp}, {arguments.dtype}, ",
-        f"{nbytes / 1e9:.2f} GB, ",
+        f"{nbytes / 1e9:.2f} GB, max_shard {arguments.max_shard}, ",
+        f"a tokenizer of {pieces} pieces {tokenizer}, ",
+        f"{os.cpu_count()} cores, {arguments.runs} runs each, median (range)\n",
         sep="",
-        end="",
     )
-    print(f"max_shard {arguments.max_shard}, {os.cpu_count()} cores, {arguments.runs} runs each, median (range)\n")
     copying = statistics.median(series["cp"].wall)
     print("| run | wall s | user s | system s | GB/s | wall / cp | peak anonymous MB | peak resident MB |")
     print("|---|---|---|---|---|---|---|---|")

@@ -28,7 +28,14 @@ from weight_conversion.tokenizer.tokenizer_files import (
     Tokenizer,
     TokenizerSpec,
 )
-from weight_conversion.tokenizer.tokenizer_json import SpecialTokens, corpus, first_difference
+from weight_conversion.tokenizer.tokenizer_json import (
+    COMPARED,
+    SpecialTokens,
+    corpus,
+    difference,
+    fingerprint,
+    first_difference,
+)
 
 SPECS = {"internlm": INTERNLM_TOKENIZER, "internlm2": INTERNLM2_TOKENIZER}
 BASE_TOKENS = SpecialTokens(names={0: "<unk>", 1: "<s>", 2: "</s>"}, bos="<s>")
@@ -140,17 +147,22 @@ def test_other_special_pieces_are_refused(tmp_path: Path) -> None:
 
 def test_pieces_are_read_as_sentencepiece_reads_them(model: Path) -> None:
     read = SentencePieceModel.read(model)
-    processor = read.processor
+    processor = read.processor()
     ids = list(range(processor.vocab_size()))
-    assert [piece.text for piece in read.pieces] == processor.id_to_piece(ids)
-    assert [piece.score for piece in read.pieces] == processor.get_score(ids)
-    assert [piece.kind is Kind.BYTE for piece in read.pieces] == processor.is_byte(ids)
-    assert [piece.kind is Kind.CONTROL for piece in read.pieces] == processor.is_control(ids)
-    assert [piece.text for piece in read.pieces if piece.kind is Kind.USER_DEFINED] == [
-        "[UNUSED_TOKEN_1]",
-        "\t\t",
-        "Ａ",
-    ]
+    assert list(read.texts) == processor.id_to_piece(ids)
+    assert list(read.scores) == processor.get_score(ids)
+    assert [kind is Kind.BYTE for kind in read.kinds] == processor.is_byte(ids)
+    assert [kind is Kind.CONTROL for kind in read.kinds] == processor.is_control(ids)
+    assert [read.texts[index] for index in read.ids_of(Kind.USER_DEFINED)] == ["[UNUSED_TOKEN_1]", "\t\t", "Ａ"]
+
+
+def test_long_pieces_are_read(tmp_path: Path) -> None:
+    """Their sizes take two bytes."""
+    path = train_tokenizer(tmp_path)
+    long = ["x" * 127, "y" * 128, "天" * 150]
+    append_pieces(path, long, USER_DEFINED)
+    read = SentencePieceModel.read(path)
+    assert read.texts[320:] == read.processor().id_to_piece([320, 321, 322]) == long
 
 
 # Writing
@@ -182,6 +194,27 @@ def test_files_of_a_base_model(family: Family, spec: TokenizerSpec, model: Path,
     assert (config["add_bos_token"], config["add_eos_token"]) == (True, False)
     assert config["clean_up_tokenization_spaces"] is False
     assert "chat_template" not in config
+
+
+def test_tokenizer_json_is_what_json_writes(tmp_path: Path) -> None:
+    """Made in batches, it is as one call would have made it: names that need escapes, every cut of every piece."""
+    path = train_tokenizer(tmp_path, 500, user_defined_symbols=['"', "\\", 'a"\n\x01\x7f', "😀"])
+    append_pieces(path, (f"filling {number}" for number in range(2500)), NORMAL)
+    read = SentencePieceModel.read(path)
+    content = tokenizer_json.tokenizer_json(read, BASE_TOKENS)
+    found = json.loads(content)
+    assert json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode() == content
+    assert found["model"]["vocab"] == {text: index for index, text in enumerate(read.texts)}
+    ordinary = [read.piece(index) for index in read.ids_of(Kind.NORMAL)]
+    parts = {piece.text for piece in ordinary} | {'"', "\\", 'a"\n\x01\x7f', "😀"}
+    cuts = [
+        (left, right)
+        for piece in sorted(ordinary, key=lambda piece: -piece.score)
+        for cut in range(len(piece.text))[:0:-1]
+        if {left := piece.text[:cut], right := piece.text[cut:]} <= parts
+    ]
+    assert found["model"]["merges"] == [f"{left} {right}" for left, right in cuts]
+    assert len(cuts) > 200
 
 
 def test_writing_twice_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
@@ -278,9 +311,9 @@ def test_the_fast_form_is_saved_as_the_slow_class_is_now(
 def test_the_corpus_uses_every_piece_and_byte(model: Path) -> None:
     read = SentencePieceModel.read(model)
     seen: set[int] = set()
-    for text in corpus(read.pieces, BASE_TOKENS):
-        seen.update(read.processor.encode(text))
-    texts = {piece.text for piece in read.pieces}
+    processor, texts = read.processor(), set(read.texts)
+    for text in corpus(read, BASE_TOKENS):
+        seen.update(processor.encode(text))
 
     def is_needed(index: int, piece: Piece) -> bool:
         if piece.kind is Kind.BYTE:
@@ -288,10 +321,10 @@ def test_the_corpus_uses_every_piece_and_byte(model: Path) -> None:
             in_utf8 = byte not in (0xC0, 0xC1) and byte < 0xF5
             return in_utf8 and byte != ord(" ") and chr(byte) not in texts
         if piece.kind is Kind.NORMAL:  # some are out of reach: better merges come first
-            return read.processor.encode(piece.text.replace("▁", " ")) == [index]
+            return processor.encode(piece.text.replace("▁", " ")) == [index]
         return piece.kind is Kind.USER_DEFINED
 
-    assert {index for index, piece in enumerate(read.pieces) if is_needed(index, piece)} <= seen
+    assert {index for index in range(len(read)) if is_needed(index, read.piece(index))} <= seen
     assert len(seen) > 450
 
 
@@ -330,22 +363,33 @@ def strip_spaces(content: dict[str, Any]) -> None:
 )
 def test_a_wrong_tokenizer_json_is_found(model: Path, spoil: Any) -> None:
     read, content = good_json(model)
-    assert first_difference(json.dumps(content), read, BASE_TOKENS) is None
+    assert first_difference(json.dumps(content).encode(), read, BASE_TOKENS) is None
     spoil(content)
-    assert first_difference(json.dumps(content), read, BASE_TOKENS) is not None
+    assert first_difference(json.dumps(content).encode(), read, BASE_TOKENS) is not None
 
 
 def test_a_wrong_tokenizer_json_is_left_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(read: SentencePieceModel, special: SpecialTokens) -> str:
+    def wrong(read: SentencePieceModel, special: SpecialTokens) -> bytes:
         content = json.loads(tokenizer_json.tokenizer_json(read, special))
         spoil_merges(content)
-        return json.dumps(content)
+        return json.dumps(content).encode()
 
     monkeypatch.setattr(tokenizer_files, "tokenizer_json", wrong)
     (warning,) = Tokenizer.read(model).write(tmp_path, INTERNLM2_TOKENIZER, chat=False)
     assert "tokenizer.json was left out, because the text" in warning
     assert not (tmp_path / "tokenizer.json").exists()
     assert (tmp_path / "tokenizer.model").is_file()
+
+
+def test_only_what_was_compared_before_is_not_compared(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer.json on record: neither another one of the same model, nor the same one of another model."""
+    monkeypatch.setattr(tokenizer_json, "first_difference", lambda *_: "compared")
+    read, content = SentencePieceModel.read(model), b"content"
+    assert difference(content, read, BASE_TOKENS) == "compared"
+    monkeypatch.setattr(tokenizer_json, "COMPARED", {fingerprint(content, read)})
+    assert difference(content, read, BASE_TOKENS) is None
+    assert difference(content + b" ", read, BASE_TOKENS) == "compared"
+    assert difference(content, replace(read, data=read.data + b" "), BASE_TOKENS) == "compared"
 
 
 def test_a_model_with_an_odd_piece_has_no_fast_form(tmp_path: Path) -> None:
@@ -481,6 +525,19 @@ def test_chat_on_pieces_that_text_may_contain_is_refused(spec: TokenizerSpec, tm
 
 
 # The real models
+
+
+def test_the_published_tokenizers_are_on_record_and_right(family: Family, spec: TokenizerSpec) -> None:
+    """Every tokenizer.json on record is that of a published model, to the byte, and gives the ids of SentencePiece."""
+    read, recorded = SentencePieceModel.read(real_model(str(family))), set()
+    tokenizer = Tokenizer(read)
+    for chat in (False, True):
+        special = tokenizer.special_tokens(spec, chat)
+        content = tokenizer_json.tokenizer_json(read, special)
+        assert first_difference(content, read, special) is None
+        recorded.add(fingerprint(content, read))
+    assert recorded <= COMPARED
+    assert len(recorded) * 2 == len(COMPARED)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ does not tell which pieces are user-defined, and its own message classes need th
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -36,9 +36,8 @@ class Kind(IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One entry of the vocabulary; its id is its position."""
+class Piece(NamedTuple):
+    """One entry of the vocabulary."""
 
     text: str
     score: float
@@ -47,12 +46,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A model file in memory: `data` is the file, byte for byte."""
+    """A model file in memory: `data` is the file, byte for byte.
+
+    `texts`, `scores` and `kinds` have one element for each id: 100,000 objects of a class would take longer to make
+    than to use.
+    """
 
     path: Path
     data: bytes
-    pieces: list[Piece]
-    processor: sentencepiece.SentencePieceProcessor
+    texts: Sequence[str]
+    scores: Sequence[float]
+    kinds: Sequence[Kind]
     is_bpe: bool
     adds_prefix_space: bool  # a space is put in front of every text
     keeps_text: bool  # no normalisation, no added or removed spaces
@@ -69,13 +73,11 @@ class SentencePieceModel:
                 "that the training data was tokenized with, or the folder that holds it."
             )
         data = path.read_bytes()
-        sentencepiece.SetMinLogLevel(2)  # errors only: it warns of the NUL piece that both families have
-        processor = sentencepiece.SentencePieceProcessor()
         try:
-            processor.LoadFromSerializedProto(data)
-            message = list(_fields(data))
-            pieces = _pieces(message, processor)
-            trainer, normalizer = _group(message, _TRAINER), _group(message, _NORMALIZER)
+            processor = _processor(data)
+            pieces, trainer, normalizer = _contents(data)
+            # The library itself sets pieces aside, such as the NUL character of a model that also has bytes.
+            unused = processor.is_unused(list(range(len(pieces.texts))))
         except Exception as error:  # a damaged model raises many kinds of errors
             raise ConversionError(
                 f"{path} is not a SentencePiece model ({len(data)} bytes); "
@@ -84,8 +86,9 @@ class SentencePieceModel:
         return cls(
             path=path,
             data=data,
-            pieces=pieces,
-            processor=processor,
+            texts=pieces.texts,
+            scores=struct.unpack(f"<{len(unused)}f", pieces.scores),
+            kinds=[Kind.UNUSED if is_unused else kind for kind, is_unused in zip(pieces.kinds, unused, strict=True)],
             is_bpe=trainer.get(_MODEL_TYPE) == _BPE,
             adds_prefix_space=bool(normalizer.get(_DUMMY_PREFIX, 1)),
             keeps_text=(
@@ -96,44 +99,86 @@ class SentencePieceModel:
             ),
         )
 
+    def __len__(self) -> int:
+        return len(self.texts)
 
-def _pieces(message: list[tuple[int, Any]], processor: sentencepiece.SentencePieceProcessor) -> list[Piece]:
-    pieces = []
-    for number, value in message:
+    def piece(self, index: int) -> Piece:
+        """Return the piece of an id."""
+        return Piece(self.texts[index], self.scores[index], self.kinds[index])
+
+    def ids_of(self, kind: Kind) -> list[int]:
+        """Return the ids of all pieces of a kind, ascending."""
+        return [index for index, found in enumerate(self.kinds) if found is kind]
+
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """Load the model with the library, which encodes and decodes with it."""
+        return _processor(self.data)
+
+
+def _processor(data: bytes) -> sentencepiece.SentencePieceProcessor:
+    sentencepiece.SetMinLogLevel(2)  # errors only: it warns of the NUL piece that both families have
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(data)
+    return processor
+
+
+@dataclass
+class _Pieces:
+    texts: list[str] = field(default_factory=list)
+    scores: bytearray = field(default_factory=bytearray)  # as they lie in the file: little-endian floats
+    kinds: list[Kind] = field(default_factory=list)
+
+    def add(self, message: bytes) -> None:
+        text, score, kind = b"", bytes(4), Kind.NORMAL
+        for number, value in _fields(message):
+            if number == _PIECE_TEXT:
+                text = value
+            elif number == _PIECE_SCORE:
+                score = value
+            elif number == _PIECE_KIND:
+                kind = _KINDS[value]
+        self.texts.append(text.decode())
+        self.scores += score
+        self.kinds.append(kind)
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+def _contents(data: bytes) -> tuple[_Pieces, dict[int, Any], dict[int, Any]]:
+    """Return the pieces, and the fields of the trainer and of the normalizer."""
+    pieces = _Pieces()
+    groups: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
+    for number, value in _fields(data):
         if number == _PIECES:
-            fields = dict(_fields(value))
-            (score,) = struct.unpack("<f", fields.get(_PIECE_SCORE, bytes(4)))
-            pieces.append(Piece(fields[_PIECE_TEXT].decode(), score, Kind(fields.get(_PIECE_KIND, Kind.NORMAL))))
-    # The library itself sets pieces aside, such as the NUL character of a model that also has bytes.
-    unused = processor.is_unused(list(range(len(pieces))))
-    return [
-        Piece(piece.text, piece.score, Kind.UNUSED) if is_unused else piece
-        for piece, is_unused in zip(pieces, unused, strict=True)
-    ]
-
-
-def _group(message: list[tuple[int, Any]], wanted: int) -> dict[int, Any]:
-    return {number: value for field, group in message if field == wanted for number, value in _fields(group)}
+            pieces.add(value)
+        elif number in groups:
+            groups[number].update(_fields(value))
+    return pieces, groups[_TRAINER], groups[_NORMALIZER]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (field number, value) of a protobuf message: an int for a varint, else the bytes of the value."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = message[at], at + 1
+        if tag & 0x80:
+            tag, at = _varint(message, at - 1)
         wire_type = tag & 7
         if wire_type == 0:
             value, at = _varint(message, at)
             yield tag >> 3, value
             continue
         if wire_type == 2:
-            size, at = _varint(message, at)
+            size, at = message[at], at + 1
+            if size & 0x80:  # most are of one byte, and a call takes longer than all the rest
+                size, at = _varint(message, at - 1)
         elif wire_type in (1, 5):
             size = 8 if wire_type == 1 else 4
         else:
             raise ValueError(f"Wire type {wire_type} at byte {at} is not one of protobuf's.")
-        if at + size > len(message):
-            raise ValueError(f"A field of {size} bytes at byte {at} runs past the end, {len(message)}.")
+        if at + size > end:
+            raise ValueError(f"A field of {size} bytes at byte {at} runs past the end, {end}.")
         yield tag >> 3, message[at : at + size]
         at += size
 

@@ -26,7 +26,7 @@ from typing import Any
 from ..errors import ConversionError, shown
 from .chat_templates import INTERNLM2_CHAT_TEMPLATE, INTERNLM_CHAT_TEMPLATE
 from .sentencepiece_model import Kind, Piece, SentencePieceModel
-from .tokenizer_json import SpecialTokens, first_difference, obstacle, tokenizer_json
+from .tokenizer_json import SpecialTokens, difference, obstacle, tokenizer_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -106,23 +106,23 @@ class Tokenizer:
                 tokenizer_config.json in the folder cannot be read.
         """
         model = SentencePieceModel.read(path)
-        found = tuple(piece.text for piece in model.pieces[:3])
+        found = tuple(model.texts[:3])
         if found != (UNK, BOS, EOS):
             raise ConversionError(
                 f"{model.path} has {', '.join(map(shown, found))} at ids 0, 1, 2; "
                 f"InternLM and InternLM2 tokenizers have {UNK}, {BOS}, {EOS} there."
             )
-        return cls(model, _tokens_beyond(path / TOKENIZER_CONFIG, len(model.pieces)) if path.is_dir() else ())
+        return cls(model, _tokens_beyond(path / TOKENIZER_CONFIG, len(model)) if path.is_dir() else ())
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return len(self._model.pieces)
+        return len(self._model)
 
     def check_chat(self, spec: TokenizerSpec) -> None:
         """Raise ConversionError unless every chat token lies on the piece kept for it."""
         for token in spec.chat_tokens:
-            piece = self._model.pieces[token.id] if token.id < self.vocab_size else None
+            piece = self._model.piece(token.id) if token.id < self.vocab_size else None
             free = piece is not None and piece.kind is Kind.USER_DEFINED and piece.text in (token.piece, token.content)
             if not free:
                 raise ConversionError(
@@ -150,9 +150,9 @@ class Tokenizer:
 
         `check_chat` must have passed if `chat`.
         """
-        text, reason = self._fast(spec, chat)
+        content, reason = self._fast(spec, chat)
         if reason is None:
-            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+            (folder / "tokenizer.json").write_bytes(content)
         (folder / "tokenizer.model").write_bytes(self._model.data)
         _write_json(folder / "special_tokens_map.json", _special_tokens_map(spec, chat))
         _write_json(folder / TOKENIZER_CONFIG, self._config(spec, chat, fast=reason is None))
@@ -175,21 +175,22 @@ class Tokenizer:
             )
 
     @cache  # noqa: B019 (one tokenizer per run)
-    def _fast(self, spec: TokenizerSpec, chat: bool) -> tuple[str, str | None]:
-        """Return the text of tokenizer.json and None, or "" and why there is none."""
-        special = self._special_tokens(spec, chat)
+    def _fast(self, spec: TokenizerSpec, chat: bool) -> tuple[bytes, str | None]:
+        """Return the content of tokenizer.json and None, or nothing and why there is none."""
+        special = self.special_tokens(spec, chat)
         reason = obstacle(self._model)
         if reason is not None:
-            return "", reason
-        text = tokenizer_json(self._model, special)
-        return text, first_difference(text, self._model, special)
+            return b"", reason
+        content = tokenizer_json(self._model, special)
+        return content, difference(content, self._model, special)
 
-    def _special_tokens(self, spec: TokenizerSpec, chat: bool) -> SpecialTokens:
+    def special_tokens(self, spec: TokenizerSpec, chat: bool) -> SpecialTokens:
+        """Return the special tokens that the files declare."""
         chat_names = {token.id: token.content for token in spec.chat_tokens} if chat else {}
         return SpecialTokens(names={0: UNK, 1: BOS, 2: EOS} | chat_names, bos=BOS)
 
     def _config(self, spec: TokenizerSpec, chat: bool, fast: bool) -> dict[str, Any]:
-        special = self._special_tokens(spec, chat)
+        special = self.special_tokens(spec, chat)
         config: dict[str, Any] = {
             "add_bos_token": True,
             "add_eos_token": False,
@@ -198,7 +199,7 @@ class Tokenizer:
                 str(index): {
                     "content": name,
                     "lstrip": False,
-                    "normalized": name != self._model.pieces[index].text,  # as in tokenizer.json
+                    "normalized": name != self._model.texts[index],  # as in tokenizer.json
                     "rstrip": False,
                     "single_word": False,
                     "special": True,

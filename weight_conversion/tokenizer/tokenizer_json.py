@@ -3,7 +3,8 @@
 SentencePiece merges the neighbouring symbols whose union is the best-scored piece, the leftmost first; the `tokenizers`
 BPE model merges the neighbouring pair that stands first in a list. Listing every way to cut every piece in two, by
 descending score of the piece, makes both the same, except where two ways to reach one piece, or two pieces of one
-score, overlap. Hence `first_difference`: nothing is written that was not compared first.
+score, overlap. Hence `difference`: nothing is written that was not compared first, or is of a published model and was
+compared before.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from hashlib import sha256
+from itertools import groupby, islice
 from typing import Any
 
 import tokenizers
 
-from .sentencepiece_model import Kind, Piece, SentencePieceModel
+from .sentencepiece_model import Kind, SentencePieceModel
 
 SPACE = "▁"  # how a piece spells a space
 SPECIAL_KINDS = (Kind.UNKNOWN, Kind.CONTROL)
@@ -40,97 +42,117 @@ def obstacle(model: SentencePieceModel) -> str | None:
     return None
 
 
-def tokenizer_json(model: SentencePieceModel, special: SpecialTokens) -> str:
-    """Return the text of tokenizer.json for a model without an `obstacle`."""
-    names = _vocabulary_names(model.pieces, special)
+def tokenizer_json(model: SentencePieceModel, special: SpecialTokens) -> bytes:
+    """Return the content of tokenizer.json for a model without an `obstacle`."""
+    names = _vocabulary_names(model, special)
     bos_id = next(index for index, name in special.names.items() if name == special.bos)
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": _added_tokens(model.pieces, special),
-            "normalizer": _normalizer(model.pieces, special),
-            "pre_tokenizer": None,
-            "post_processor": _start_with(special.bos, bos_id),
-            "decoder": _decoder(model.pieces, names),
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": next(piece.text for piece in model.pieces if piece.kind is Kind.UNKNOWN),
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": any(piece.kind is Kind.BYTE for piece in model.pieces),
-                "ignore_merges": False,
-                "vocab": {name: index for index, name in enumerate(names)},
-                "merges": _merges(model.pieces),
-            },
-        },
-        ensure_ascii=False,
-        separators=(",", ":"),
+    before = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(model, special),
+        "normalizer": _normalizer(model, special),
+        "pre_tokenizer": None,
+        "post_processor": _start_with(special.bos, bos_id),
+        "decoder": _decoder(model, names),
+    }
+    settings = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.texts[model.ids_of(Kind.UNKNOWN)[0]],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": Kind.BYTE in model.kinds,
+        "ignore_merges": False,
+    }
+    return b"".join(
+        (
+            f'{_json(before)[:-1]},"model":{_json(settings)[:-1]},"vocab":{{'.encode(),
+            *_joined(f"{_quoted(name)}:{index}" for index, name in enumerate(names)),
+            b'},"merges":[',
+            *_joined(map(_quoted, _merges(model))),
+            b"]}}",
+        )
     )
 
 
-def _vocabulary_names(pieces: list[Piece], special: SpecialTokens) -> list[str]:
-    taken = {piece.text for piece in pieces}
-    names = []
-    for index, piece in enumerate(pieces):
-        name = special.names.get(index, piece.text)
-        if piece.kind is Kind.UNUSED:  # must not match text, yet needs a name of its own
-            while name in taken:
-                name += piece.text
-        names.append(name)
+_quoted = json.encoder.encode_basestring  # a JSON string, other characters than ASCII as they are
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def _joined(items: Iterator[str]) -> Iterator[bytes]:
+    """Yield items with commas between them, many at a time: as one text they would take four bytes a character."""
+    before = ""
+    while batch := list(islice(items, _BATCH)):
+        yield (before + ",".join(batch)).encode()
+        before = ","
+
+
+_BATCH = 1000
+"""Items that are in memory at once."""
+
+
+def _vocabulary_names(model: SentencePieceModel, special: SpecialTokens) -> list[str]:
+    names = list(model.texts)
+    for index, name in special.names.items():
+        names[index] = name
+    unused = model.ids_of(Kind.UNUSED)
+    taken = set(model.texts) if unused else set()
+    for index in unused:  # must not match text, yet needs a name of its own
+        while names[index] in taken:
+            names[index] += model.texts[index]
     return names
 
 
-def _merges(pieces: list[Piece]) -> list[str]:
-    """Return "left right" for every cut of every ordinary piece into two pieces, best score first."""
-    mergeable = {piece.text for piece in pieces if piece.kind in (Kind.NORMAL, Kind.USER_DEFINED)}
-    by_score = sorted((piece for piece in pieces if piece.kind is Kind.NORMAL), key=lambda piece: -piece.score)
-    return [
-        f"{text[:cut]} {text[cut:]}"
-        for text in (piece.text for piece in by_score)
-        for cut in range(len(text) - 1, 0, -1)
-        if text[:cut] in mergeable and text[cut:] in mergeable
-    ]
+def _merges(model: SentencePieceModel) -> Iterator[str]:
+    """Yield "left right" for every cut of every ordinary piece into two pieces, best score first."""
+    texts = model.texts
+    ordinary = model.ids_of(Kind.NORMAL)
+    mergeable = {texts[index] for index in (*ordinary, *model.ids_of(Kind.USER_DEFINED))}
+    for index in sorted(ordinary, key=model.scores.__getitem__, reverse=True):
+        text = texts[index]
+        for cut in range(len(text) - 1, 0, -1):
+            if (left := text[:cut]) in mergeable and (right := text[cut:]) in mergeable:
+                yield f"{left} {right}"
 
 
-def _added_tokens(pieces: list[Piece], special: SpecialTokens) -> list[dict[str, Any]]:
+def _added_tokens(model: SentencePieceModel, special: SpecialTokens) -> list[dict[str, Any]]:
     """Declare what is matched in text before any merge: special tokens, and the user-defined pieces."""
+    renamed = _renamed(model, special)
     return [
         {
             "id": index,
-            "content": special.names.get(index, piece.text),
+            "content": special.names.get(index, model.texts[index]),
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            "normalized": index in _renamed(pieces, special),
+            "normalized": index in renamed,
             "special": index in special.names,
         }
-        for index, piece in enumerate(pieces)
-        if index in special.names or piece.kind is Kind.USER_DEFINED
+        for index in sorted({*special.names, *model.ids_of(Kind.USER_DEFINED)})
     ]
 
 
-def _renamed(pieces: list[Piece], special: SpecialTokens) -> dict[int, str]:
+def _renamed(model: SentencePieceModel, special: SpecialTokens) -> dict[int, str]:
     """Return the special tokens whose piece has another name.
 
     SentencePiece matches the piece's name in text as well. So the normaliser turns that name into the token's, which
     is why such a token is matched after normalisation.
     """
-    return {index: name for index, name in special.names.items() if pieces[index].text != name}
+    return {index: name for index, name in special.names.items() if model.texts[index] != name}
 
 
-def _normalizer(pieces: list[Piece], special: SpecialTokens) -> dict[str, Any]:
-    renames = [_replace(pieces[index].text, name) for index, name in _renamed(pieces, special).items()]
+def _normalizer(model: SentencePieceModel, special: SpecialTokens) -> dict[str, Any]:
+    renames = [_replace(model.texts[index], name) for index, name in _renamed(model, special).items()]
     return {"type": "Sequence", "normalizers": [*renames, _replace(" ", SPACE)]}
 
 
-def _decoder(pieces: list[Piece], names: list[str]) -> dict[str, Any]:
-    unused = [
-        _replace(name, piece.text) for piece, name in zip(pieces, names, strict=True) if piece.kind is Kind.UNUSED
-    ]
+def _decoder(model: SentencePieceModel, names: list[str]) -> dict[str, Any]:
+    unused = [_replace(names[index], model.texts[index]) for index in model.ids_of(Kind.UNUSED)]
     steps = [*unused, _replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     return {"type": "Sequence", "decoders": steps}
 
@@ -154,7 +176,7 @@ class SlowTokenizer:
     """What the SentencePiece tokenizer class does with text and ids: added tokens first, SentencePiece for the rest."""
 
     def __init__(self, model: SentencePieceModel, special: SpecialTokens) -> None:
-        self._processor = model.processor
+        self._processor = model.processor()
         self._names = special.names
         self._ids = {name: index for index, name in special.names.items()}
         longest_first = sorted(self._ids, key=len, reverse=True)
@@ -181,22 +203,52 @@ class SlowTokenizer:
         return [self._names.get(index, text) for (index,), text in zip(batch, texts, strict=True)]
 
 
-def first_difference(text: str, model: SentencePieceModel, special: SpecialTokens) -> str | None:
-    """Compare tokenizer.json's `text` with SentencePiece on the built-in corpus; say where they differ, or None."""
+def difference(content: bytes, model: SentencePieceModel, special: SpecialTokens) -> str | None:
+    """Say where a tokenizer.json gives other ids or text than SentencePiece, or None.
+
+    What is COMPARED already is not compared again.
+    """
+    if fingerprint(content, model) in COMPARED:
+        return None
+    return first_difference(content, model, special)
+
+
+def fingerprint(content: bytes, model: SentencePieceModel) -> str:
+    """Return the SHA-256 of a tokenizer.json and the model that it stands for."""
+    return sha256(content + model.data).hexdigest()
+
+
+COMPARED = frozenset(
+    {
+        "064dd70cd0fb8c5703e2b897557a10668542cb973222fc99d029bec591fdc92e",  # InternLM
+        "52279b98047697a18ce1fb0392588c21d555e00974508df625f6866f670a3886",  # with chat
+        "401effc501f3b90457fa9fb617b3ce36d2454cb09405d728b8e2573c98f16b74",  # InternLM2
+        "28db2fbade1472d47f3337a98d0871b7361315c1f22ed363cc78d6301626cfc8",  # with chat
+    }
+)
+"""Fingerprints of the published tokenizers, which `first_difference` finds right (a test does it again): comparing
+them takes longer, and more memory, than all else that a conversion computes.
+"""
+
+
+def first_difference(content: bytes, model: SentencePieceModel, special: SpecialTokens) -> str | None:
+    """Compare a tokenizer.json with SentencePiece on the built-in corpus; say where they differ, or None."""
     slow = SlowTokenizer(model, special)
-    fast = tokenizers.Tokenizer.from_str(text)
-    samples = list(corpus(model.pieces, special))
-    encodings = fast.encode_batch(samples, add_special_tokens=False)
-    for sample, encoding in zip(samples, encodings, strict=True):
-        ids = slow.encode(sample)
-        if encoding.ids != ids:
-            return f"the text {_short(sample)} becomes other ids"
-        if fast.decode(ids, skip_special_tokens=False) != slow.decode(ids):
-            return f"the ids of the text {_short(sample)} become another text"
-    every_id = [[index] for index in range(len(model.pieces))]
+    fast = tokenizers.Tokenizer.from_buffer(content)
+    samples = corpus(model, special)
+    while batch := list(islice(samples, _BATCH)):
+        expected = [slow.encode(sample) for sample in batch]
+        encodings = fast.encode_batch_fast(batch, add_special_tokens=False)
+        decoded = fast.decode_batch(expected, skip_special_tokens=False)
+        for sample, ids, encoding, text in zip(batch, expected, encodings, decoded, strict=True):
+            if encoding.ids != ids:
+                return f"the text {_short(sample)} becomes other ids"
+            if text != slow.decode(ids):
+                return f"the ids of the text {_short(sample)} become another text"
+    every_id = [[index] for index in range(len(model))]
     decoded = fast.decode_batch(every_id, skip_special_tokens=False)
-    for index, (found, expected) in enumerate(zip(decoded, slow.decode_each(every_id), strict=True)):
-        if found != expected:
+    for index, (found, text) in enumerate(zip(decoded, slow.decode_each(every_id), strict=True)):
+        if found != text:
             return f"the id {index} becomes another text"
     return None
 
@@ -205,7 +257,7 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def corpus(pieces: list[Piece], special: SpecialTokens) -> Iterator[str]:
+def corpus(model: SentencePieceModel, special: SpecialTokens) -> Iterator[str]:
     """Yield texts that together use every piece, every byte, every special token and long runs of characters."""
     yield from _TEXTS
     yield "\n".join(_TEXTS)
@@ -216,16 +268,13 @@ def corpus(pieces: list[Piece], special: SpecialTokens) -> Iterator[str]:
     for character in " \t\n=-*#/_.0aA啊😀":
         yield from (character * length for length in (*range(2, 70), 127, 128, 129, 500, 1000))
         yield from (f"x{character * length}y" for length in range(1, 34))
-    atoms = [*special.names.values(), *(piece.text for piece in pieces if piece.kind is Kind.USER_DEFINED)]
-    for atom in (*atoms, *_renamed_pieces(pieces, special)):
+    renamed = [model.texts[index] for index in _renamed(model, special)]
+    user_defined = [model.texts[index] for index in model.ids_of(Kind.USER_DEFINED)]
+    for atom in (*special.names.values(), *user_defined, *renamed):
         yield from (atom, atom + atom, f"a{atom}b", f" {atom} {atom}\n{atom}中")
-    ordinary = [piece.text.replace(SPACE, " ") for piece in pieces if piece.kind is Kind.NORMAL]
+    ordinary = [model.texts[index].replace(SPACE, " ") for index in model.ids_of(Kind.NORMAL)]
     yield from ("".join(ordinary[start : start + 100]) for start in range(0, len(ordinary), 100))
     yield from ("\n".join(ordinary[start::997]) for start in range(min(997, len(ordinary))))
-
-
-def _renamed_pieces(pieces: list[Piece], special: SpecialTokens) -> list[str]:
-    return [pieces[index].text for index in _renamed(pieces, special)]
 
 
 _TEXTS = (
