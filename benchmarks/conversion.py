@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, choices=range(1, 100), metavar="N", default=5, help="default: 5")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="default: bfloat16")
     parser.add_argument("--max_shard", default="10GB", help="as for convert2hf; default: 10GB")
+    parser.add_argument("--llama", action="store_true", help="convert with --format llama, without remote code")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -240,6 +241,7 @@ def main() -> None:
             "--tokenizer",
             str(tokenizer),
         ]
+        script += ["--format", "llama"] if arguments.llama else []
         return [*script, "--dtype", dtype, "--max_shard", arguments.max_shard]
 
     revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
@@ -307,7 +309,7 @@ def _print(arguments: argparse.Namespace, nbytes: int, pieces: int, series: dict
     tokenizer = "that was named" if arguments.tokenizer else "trained for the run"
     print(
         f"{arguments.preset}, tp {arguments.tp}, wp {arguments.wp}, pp {arguments.pp}, {arguments.dtype}, ",
-        f"{nbytes / 1e9:.2f} GB, max_shard {arguments.max_shard}, ",
+        f"{nbytes / 1e9:.2f} GB, max_shard {arguments.max_shard}, {'format llama, ' if arguments.llama else ''}",
         f"a tokenizer of {pieces} pieces {tokenizer}, ",
         f"{os.cpu_count()} cores, {arguments.runs} runs each, median (range)\n",
         sep="",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from tests.conversion.test_conversion import (
+from tests.support.checkpoints import Shape, build
+from tests.support.conversions import (
     EIGHT_HEADS,
     FAMILIES,
     LAYOUTS,
@@ -23,19 +24,12 @@ from tests.conversion.test_conversion import (
     shards,
     weights,
 )
-from tests.support.checkpoints import Shape, build
 from tests.support.real_tokenizers import golden_cases, real_model
-from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
 from weight_conversion.mapping.families import FAMILIES as MAPPED
 
 LLAMA = ("--format", "llama", "--dtype", "float32")
 LENGTHS = (33, 48, 7, 40)  # Llama keeps the base of the longest until one is within the trained length
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 def loaded(folder: Path) -> Any:

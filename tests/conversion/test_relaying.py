@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from tests.conversion.test_conversion import (
+from tests.support.checkpoints import SHAPES, Recipe, Shape, build, model_config
+from tests.support.conversions import (
     CARRIED,
     FAMILIES,
     assert_same,
@@ -22,16 +23,9 @@ from tests.conversion.test_conversion import (
     shards,
     weights,
 )
-from tests.support.checkpoints import SHAPES, Recipe, Shape, build, model_config
-from tests.support.tokenizer_fixture import train_tokenizer
 from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
 from weight_conversion.mapping.family import builds_intermediate_size, mlp_ratio
 from weight_conversion.mapping.rules import ModelShape
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conversion.test_torch_file import load, our_type, random_tensor, same, torch_type
 from tests.faults.fault_harness import quick_folder
+from tests.support.tensors import load, our_type, random_tensor, same, torch_type
 from weight_conversion.errors import ConversionError
 from weight_conversion.files.dtypes import DTYPES
 from weight_conversion.files.safetensors_file import MAX_HEADER, SafetensorsWriter, read_header

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -37,11 +37,9 @@ from ..signals import held_back
 from .casting import Array, Cast, Loss, unsigned
 from .checksums import crc32
 from .dtypes import FLOAT32, DType
-from .open_files import OpenFiles, WriteBehind
+from .open_files import BLOCK_BYTES, OpenFiles, WriteBehind
 from .views import Pair, StoredTensor
 
-BLOCK_BYTES = 1 << 20
-"""Half of a current core's second-level cache: a block and its scratch stay in it between read and write."""
 MAX_WORKERS = 4
 """More threads do not help: two saturate a disk, and four the memory bus of most machines."""
 THREAD_NAMES = "copying"
@@ -357,6 +355,7 @@ class _Worker:
     progress: Progress
     stop: _Stop
     block: _Buffer = field(default_factory=_Buffer)
+    kept: _Buffer = field(default_factory=_Buffer)
     scratch: _Buffer = field(default_factory=_Buffer)
     uncast: _Buffer = field(default_factory=_Buffer)
     wide: _Buffer = field(default_factory=_Buffer)
@@ -476,27 +475,12 @@ def _differing(worker: _Worker, task: Task) -> list[Move]:
 
 
 def _holds_its_parts(worker: _Worker, move: Move) -> bool:
-    if move.source is not None:
-        return _parts_hold(worker, move)
-    full, runs = move.full, [_as_run(pair) for pair in move.pairs]
-    for begin, end in _blocks(move, runs[0].tensor.dtype):
-        expected, _ = worker.gathered(move, runs, begin, end)
-        found = worker.scratch.take(end - begin, full.dtype)
-        worker.files.read(full.path, full.offset + begin * full.dtype.itemsize, found.bytes)
-        worker.advance(len(found.bytes))
-        if not np.array_equal(found.elements, expected.elements):  # as bits: NaN equals itself
-            return False
-    return True
-
-
-def _parts_hold(worker: _Worker, move: Move) -> bool:
-    """Whether the parts hold a full tensor that lies in no file."""
+    """Whether a full tensor, as it lies in its file or as it would be gathered, is what its parts say."""
     runs = [_as_run(pair) for pair in move.pairs]
-    for begin, end, block in _full_blocks(worker, move):
-        kept = worker.uncast.take(end - begin, move.full.dtype)
-        np.copyto(kept.elements, block.elements)
-        found, _ = worker.gathered(replace(move, source=None), runs, begin, end)
-        worker.advance(len(kept.bytes))
-        if not np.array_equal(found.elements, kept.elements):
+    for begin, end, full in _full_blocks(worker, move):
+        worker.block, worker.kept = worker.kept, worker.block
+        parts, _ = worker.gathered(move, runs, begin, end)
+        worker.advance(len(full.bytes))
+        if not np.array_equal(full.elements, parts.elements):  # as bits: NaN equals itself
             return False
     return True

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from ..errors import ConversionError, naming
 
+BLOCK_BYTES = 1 << 20
+"""What is read or written at a time: half of a current core's second-level cache, in which it stays between the two."""
+
 WRITE_BEHIND_BYTES = 16 << 20
 """Length of the ranges that are handed to the disk while the next ones are written."""
 

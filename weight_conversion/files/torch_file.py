@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from ..errors import LONGEST, ConversionError, naming, shown
 from .checksums import crc32
 from .kinds import check_regular
+from .open_files import BLOCK_BYTES
 from .plain_pickle import PickledStorage, PickledTensor, PickleError, dumps, dumps_state_dict, loads
 from .views import MAX_DIMENSIONS, StoredTensor, TensorSpec, contiguous_strides
 
@@ -38,8 +39,6 @@ UTF8_NAMES = 0x800
 EARLIEST_DATE = 0x21
 """1 January 1980: a fixed date keeps the same tensors the same file."""
 TENSOR_ALIGNMENT = 64
-BLOCK_BYTES = 1 << 20
-"""Bytes that are read at a time."""
 LARGEST = (1 << 63) - 1
 """No file position, size or stride is larger."""
 

@@ -7,6 +7,7 @@ does not tell which pieces are user-defined, and its own message classes need th
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -87,7 +88,7 @@ class SentencePieceModel:
             path=path,
             data=data,
             texts=pieces.texts,
-            scores=struct.unpack(f"<{len(unused)}f", pieces.scores),
+            scores=array("f", struct.unpack(f"<{len(unused)}f", pieces.scores)),
             kinds=[Kind.UNUSED if is_unused else kind for kind, is_unused in zip(pieces.kinds, unused, strict=True)],
             is_bpe=trainer.get(_MODEL_TYPE) == _BPE,
             adds_prefix_space=bool(normalizer.get(_DUMMY_PREFIX, 1)),
