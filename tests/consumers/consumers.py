@@ -10,6 +10,7 @@ printed is in .build/consumers/.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from tests.consumers.compare import Result, compare
 from tests.consumers.environments import Tool, Way, make, tools
 from tests.consumers.folders import CASES, FAMILIES, FORMATS, KINDS, REPOSITORY, Case, convert
 from tests.consumers.ours import answers, questions
+from weight_conversion import __version__
 
 REPORT = Path(__file__).with_name("consumers.md")
 RECORD = REPORT.with_suffix(".json")
@@ -42,7 +46,8 @@ Made by `make consumers` on a CPU: small models of random weights in float32, co
 tool in an environment of its own, and compared with this project's model and tokenizer. A cell says what was compared:
 differences of logits, log-probabilities, embeddings or losses relative to their size (right below 5e-5), greedy tokens
 (16 of each of three prompts, asked for at once), texts encoded to the same ids, the prompt of a conversation, the text
-of an answer (completion), and the ids that end an answer. "no" has the number of its reason below the table.
+of an answer (completion), and the ids that end an answer. Quantized models are compared with this project's model that
+has the weights which the quantized ones stand for. "no" has the number of its reason below the table.
 
 Kinds of folders: plain (rotary embedding as trained, no biases, the published tokenizer), biases, dynamic (dynamic NTK
 scaling, prompts beyond max_position_embeddings), chat (`--chat`, the published tokenizer).
@@ -66,9 +71,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=SCRATCH, prefix="folders-") as scratch:
         folders = (arguments.folders or Path(scratch)).resolve()
         convert(folders, [case for case in CASES if not (folders / case.name).exists()])
-        expected = {
-            (case.family, case.kind): answers(folders / case.name) for case in CASES if case.format == FORMATS[0]
-        }
+        expected = functools.cache(lambda family, kind: answers(folders / Case(family, FORMATS[0], kind).name))
         for tool in (known[name] for name in chosen):
             if not tool.read:
                 tried = _try(tool, folders, expected, _record().get(tool.name, {}), arguments)
@@ -89,7 +92,7 @@ def _record() -> dict[str, Any]:
 def _try(
     tool: Tool,
     folders: Path,
-    expected: Mapping[tuple[str, str], dict[str, Any]],
+    expected: Callable[[str, str], dict[str, Any]],
     before: Mapping[str, Any],
     only: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -97,49 +100,64 @@ def _try(
     made = make(tool)
     partly = bool(only.way or only.folder)
     start, cells = time.monotonic(), dict(before.get("cells", {})) if partly else {}
-    for way in tool.ways:
-        for case in way.cases():
-            if only.way not in (None, way.name) or only.folder not in (None, case.name):
-                continue
-            found = _ask(tool, way, case, folders / case.name)
-            result = compare(found, expected[case.family, case.kind])
-            cells[f"{way.name} | {case.name}"] = result.as_json()
-            print(f"{tool.title}, {way.name}, {case}: {result.wrong or 'right'} {result.agreed}", flush=True)
+    asked = [
+        (way, case)
+        for way in tool.ways
+        for case in way.cases()
+        if only.way in (None, way.name) and only.folder in (None, case.name)
+    ]
+    for (way, case), found in _ask_all(tool, asked, folders):
+        result = compare(found, expected(case.family, case.kind))
+        cells[f"{way.name} | {case.name}"] = result.as_json()
+        print(f"{tool.title}, {way.name}, {case}: {result.wrong or 'right'} {result.agreed}", flush=True)
     return made | {
         "tried_minutes": round((time.monotonic() - start) / 60 + (before.get("tried_minutes", 0) if partly else 0), 1),
-        "ours": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        "ours": f"version {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
+        "date": datetime.now(UTC).date().isoformat(),
         "cells": cells,
     }
 
 
-def _ask(tool: Tool, way: Way, case: Case, folder: Path) -> dict[str, Any]:
-    """The tool's answers, {"error": ...} where it ends without any."""
-    stem = re.sub(r"[^\w-]+", "-", f"{tool.name} {way.name} {case.name}")
-    asked, target, log = (SCRATCH / f"{stem}.{kind}" for kind in ("questions", "answers", "log"))
-    asked.write_text(json.dumps(questions(folder, way.name).__dict__), encoding="utf-8")
-    target.unlink(missing_ok=True)
-    command = [tool.python, HERE / "protocol.py", HERE / "tools" / tool.program, asked, target]
+def _ask_all(tool: Tool, asked: list[tuple[Way, Case]], folders: Path) -> Iterator[tuple[tuple[Way, Case], Any]]:
+    """The answers about each of these folders, {"error": ...} where the tool ends without any."""
+    batches = [list(batch) for _, batch in groupby(asked, lambda pair: pair[0].environment)]
+    for batch in batches if tool.together else [[pair] for pair in asked]:
+        yield from zip(batch, _ask(tool, batch, folders), strict=True)
+
+
+def _ask(tool: Tool, batch: list[tuple[Way, Case]], folders: Path) -> list[dict[str, Any]]:
+    """The answers of one process."""
+    stems = [re.sub(r"[^\w-]+", "-", f"{tool.name} {way.name} {case.name}") for way, case in batch]
+    log = SCRATCH / f"{stems[0]}.log"
+    files = [(SCRATCH / f"{stem}.questions", SCRATCH / f"{stem}.answers") for stem in stems]
+    for (way, case), (questioned, target) in zip(batch, files, strict=True):
+        questioned.write_text(json.dumps(questions(folders / case.name, way.name).__dict__), encoding="utf-8")
+        target.unlink(missing_ok=True)
+    command = [tool.python, HERE / "protocol.py", HERE / "tools" / tool.program, *chain.from_iterable(files)]
     variables = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": "",
-        **way.environment,
+        **batch[0][0].environment,
         "HF_MODULES_CACHE": str(SCRATCH / "modules"),
     }
+    patience = PATIENCE * len(batch)
     with log.open("w", encoding="utf-8") as stream:
         try:
             status = subprocess.run(
-                [*map(str, command)], env=variables, stdout=stream, stderr=stream, timeout=PATIENCE, cwd=SCRATCH
+                [*map(str, command)], env=variables, stdout=stream, stderr=stream, timeout=patience, cwd=SCRATCH
             ).returncode
+            missing = f"ended with status {status}; see {log.name}"
         except subprocess.TimeoutExpired:
-            return {"error": f"no answer in {PATIENCE} seconds; see {log.name}"}
-    if not target.is_file():
-        return {"error": f"ended with status {status}; see {log.name}"}
-    found = json.loads(target.read_text(encoding="utf-8"))
+            missing = f"no answer in {patience} seconds; see {log.name}"
+    return [_answers(target) if target.is_file() else {"error": missing} for _, target in files]
+
+
+def _answers(target: Path) -> dict[str, Any]:
     with np.load(target.with_suffix(".npz")) as arrays:
-        return {**{name: arrays[name] for name in arrays.files}, **found}
+        return {**{name: arrays[name] for name in arrays.files}, **json.loads(target.read_text(encoding="utf-8"))}
 
 
 def _failures(tool: Tool, cells: Mapping[str, Any]) -> list[str]:
@@ -172,10 +190,13 @@ def render(known: Mapping[str, Tool], record: Mapping[str, Any]) -> str:
 
 
 def _section(tool: Tool, tried: Mapping[str, Any]) -> str:
-    versions = ", ".join((*tool.requirements, *tool.then))
+    versions = [*tool.requirements, *tool.then]
+    if tried.get("transformers") and not any(pin.startswith("transformers") for pin in versions):
+        versions.append(f"which brought transformers=={tried['transformers']}")
     lines = [
-        f"{versions}; ours: {tried['ours']}. Environment: {tried['megabytes'] / 1000:.1f} GB, "
-        f"{tried['minutes']} minutes to make; {tried['tried_minutes']} minutes to try.\n",
+        f"{', '.join(versions)}; ours: {tried['ours']}. Tried on {tried['date']}. Environment: "
+        f"{tried['megabytes'] / 1000:.1f} GB, {tried['minutes']} minutes to make; {tried['tried_minutes']} minutes to "
+        "try.\n",
         f"| loaded | folder | {' | '.join(KINDS)} |",
         f"| --- | --- |{' --- |' * len(KINDS)}",
     ]
@@ -209,6 +230,7 @@ WORDS = {
     "scores": "log-probabilities",
     "likelihood": "log-likelihood",
     "assistant_loss": "loss of the answer",
+    "dequantized": "logits of the dequantized weights",
     "ends": "end",
     "tokens": "texts",
     "chat": "prompt",

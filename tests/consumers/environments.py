@@ -73,6 +73,7 @@ class Tool:
     remove: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     project: bool = False
+    together: bool = False
     build: Mapping[str, str] = field(default_factory=dict)
     ways: tuple[Way, ...] = ()
     limits: tuple[Limit, ...] = ()
@@ -115,8 +116,12 @@ def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
-def make(tool: Tool) -> dict[str, float]:
-    """Makes the tool's environment if it is absent or its pins changed; the minutes that took, and its megabytes."""
+def make(tool: Tool) -> dict[str, Any]:
+    """Makes the tool's environment if it is absent or its pins changed.
+
+    Returns:
+        The minutes that took, its megabytes, and the version of transformers in it ("" if there is none).
+    """
     stamp = tool.folder / "made.json"
     wanted = [*tool.requirements, "then", *tool.then, "remove", *tool.remove, "sources", *tool.sources]
     made = json.loads(stamp.read_text()) if stamp.is_file() else {}
@@ -127,7 +132,7 @@ def make(tool: Tool) -> dict[str, float]:
         stamp.write_text(json.dumps(made))
     if tool.project:
         _install_project(tool)
-    return {"minutes": made["minutes"], "megabytes": made["megabytes"]}
+    return {"minutes": made["minutes"], "megabytes": made["megabytes"], "transformers": _version(tool, "transformers")}
 
 
 def _install(tool: Tool) -> None:
@@ -163,6 +168,12 @@ def _install_project(tool: Tool) -> None:
 def _pip(tool: Tool, *arguments: str) -> None:
     command = [str(tool.python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     subprocess.run(command, check=True, env={**os.environ, **tool.build})
+
+
+def _version(tool: Tool, package: str) -> str:
+    """The version of a package in the tool's environment, "" if it is not there."""
+    found = [*tool.folder.glob(f"lib/*/site-packages/{package}-*.dist-info")]
+    return found[0].name.removesuffix(".dist-info").partition("-")[2] if found else ""
 
 
 def _megabytes(tool: Tool) -> int:

@@ -1,9 +1,10 @@
 """What a tool is asked about a folder, and how it answers; this file runs in the tool's environment.
 
-    python protocol.py tools/run_<tool>.py questions.json answers.json
+    python protocol.py tools/run_<tool>.py questions.json answers.json [questions.json answers.json ...]
 
 The program has a function `open_folder(folder, way)`, which returns an object with any of the methods below. What it
-lacks is not asked; an exception is an answer, too. Arrays lie in answers.npz.
+lacks is not asked; an exception is an answer, too. Arrays lie in answers.npz. Several folders are asked about one after
+the other.
 
     logits(ids)              [T, V] of T tokens
     scores(ids)              [T - 1], the log-probability of every token after the first, where logits are not to be had
@@ -15,6 +16,8 @@ lacks is not asked; an exception is an answer, too. Arrays lie in answers.npz.
     likelihood(ids)          log-probability of the second half of the tokens, after the first
     embeddings(texts)        [N, H], means of the last hidden states of each text's tokens
     assistant_loss(messages) mean loss over the tokens of the answer that ends the conversation, and its end
+    dequantized(ids)         [2, T, V]: logits of a quantized model, and what they are compared with: those of the
+                             folder's own model, with the weights that the quantized ones stand for
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class Questions:
             "logits": (self.ids,),
             "scores": (self.ids,),
             "likelihood": (self.ids,),
+            "dequantized": (self.ids,),
             "embeddings": (self.texts[:EMBEDDED],),
             "greedy": (self.prompts,),
             "ends": (),
@@ -63,18 +67,19 @@ class Questions:
         return answers
 
 
-ARRAYS = ("logits", "scores", "embeddings", "likelihood", "assistant_loss")
+ARRAYS = ("logits", "scores", "embeddings", "likelihood", "assistant_loss", "dequantized")
 
 
 def main() -> None:
-    program, questions, target = map(Path, sys.argv[1:])
+    program, *files = map(Path, sys.argv[1:])
     sys.path.insert(0, str(program.parent))
-    asked = Questions(**json.loads(questions.read_text(encoding="utf-8")))
+    for questions, target in zip(files[::2], files[1::2], strict=True):
+        _answer(program, Questions(**json.loads(questions.read_text(encoding="utf-8"))), target)
+
+
+def _answer(program: Path, asked: Questions, target: Path) -> None:
     try:
-        spec = importlib.util.spec_from_file_location(program.stem, program)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-        tool = module.open_folder(asked.folder, asked.way)
+        tool = _loaded(program).open_folder(asked.folder, asked.way)
         try:
             answers = asked.ask(tool)
         finally:
@@ -88,6 +93,15 @@ def main() -> None:
     arrays = {name: numpy.asarray(answers.pop(name), dtype=numpy.float32) for name in ARRAYS if name in answers}
     numpy.savez(target.with_suffix(".npz"), **arrays)
     target.write_text(json.dumps(answers), encoding="utf-8")
+
+
+def _loaded(program: Path) -> Any:
+    if program.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(program.stem, program)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        sys.modules[program.stem] = module
+    return sys.modules[program.stem]
 
 
 if __name__ == "__main__":

@@ -100,6 +100,14 @@ def test_a_small_difference_is_rounding() -> None:
     assert compare({"logits": EXPECTED["logits"] * (1 + 1e-5)}, EXPECTED).wrong == ""
 
 
+def test_a_quantized_model_is_compared_with_what_the_tool_sets_beside_it() -> None:
+    logits = EXPECTED["logits"]
+    assert compare({"dequantized": np.stack([logits, logits * (1 + 1e-6)])}, EXPECTED).agreed == {
+        "dequantized": "1e-06"
+    }
+    assert compare({"dequantized": np.stack([logits, logits + 1])}, EXPECTED).wrong.startswith("dequantized")
+
+
 def test_silence_is_no_answer() -> None:
     with pytest.raises(ValueError, match="answered nothing"):
         compare({}, EXPECTED)
@@ -124,25 +132,53 @@ def open_folder(folder, way):
 """
 
 
-def asked(tmp_path: Path, way: str, messages: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    questions = Questions("folder", way, [3, 4], [[3]], ["a", "bc"], messages)
+def asked(tmp_path: Path, messages: Any, *ways: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The answers and the arrays of each way, from one process."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    (tmp_path / "questions").write_text(json.dumps(questions.__dict__))
-    files = [tmp_path / name for name in ("program.py", "questions", "x.answers")]
-    subprocess.run([sys.executable, HERE / "protocol.py", *files], check=True, capture_output=True)
-    with np.load(tmp_path / "x.npz") as arrays:
-        return json.loads(files[2].read_text()), {name: arrays[name].tolist() for name in arrays.files}
+    files = []
+    for number, way in enumerate(ways):
+        files += [tmp_path / f"{number}.questions", tmp_path / f"{number}.answers"]
+        files[-2].write_text(json.dumps(Questions("folder", way, [3, 4], [[3]], ["a", "bc"], messages).__dict__))
+    command = [sys.executable, HERE / "protocol.py", tmp_path / "program.py", *files]
+    subprocess.run(command, check=True, capture_output=True)
+    answers = []
+    for target in files[1::2]:
+        with np.load(target.with_suffix(".npz")) as arrays:
+            answers.append((json.loads(target.read_text()), {name: arrays[name].tolist() for name in arrays.files}))
+    return answers
 
 
 def test_a_program_is_asked_what_it_has_methods_for(tmp_path: Path) -> None:
-    answers, arrays = asked(tmp_path, "plain", list(MESSAGES))
+    ((answers, arrays),) = asked(tmp_path, list(MESSAGES), "plain")
     assert answers == {"tokens": [[1], [2]], "chat": MESSAGES[0]["content"]}
     assert arrays == {"logits": [[3, 3], [4, 4]]}
-    assert asked(tmp_path, "plain", None)[0] == {"tokens": [[1], [2]]}
+    assert asked(tmp_path, None, "plain")[0][0] == {"tokens": [[1], [2]]}
 
 
-def test_an_exception_is_an_answer(tmp_path: Path) -> None:
-    assert asked(tmp_path, "broken", None)[0] == {"error": "ValueError: no such folder"}
+def test_an_exception_is_an_answer_and_the_next_folder_is_asked_about(tmp_path: Path) -> None:
+    broken, plain = asked(tmp_path, None, "broken", "plain")
+    assert broken[0] == {"error": "ValueError: no such folder"}
+    assert plain[0] == {"tokens": [[1], [2]]}
+
+
+@pytest.mark.parametrize(("together", "processes"), [(False, 3), (True, 2)])
+def test_folders_and_ways_of_one_environment_may_share_a_process(
+    together: bool, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = tuple(
+        environments.Way(name, environment=variables) for name, variables in (("a", {}), ("b", {}), ("c", {"X": "1"}))
+    )
+    calls: list[list[str]] = []
+
+    def answered(_: Any, batch: Any, folders: Path) -> list[dict[str, Any]]:
+        calls.append([way.name for way, _ in batch])
+        return [{"way": way.name} for way, _ in batch]
+
+    monkeypatch.setattr(table, "_ask", answered)
+    pairs = [(way, CASES[0]) for way in ways]
+    found = list(table._ask_all(replace(tool_with(), together=together), pairs, tmp_path))
+    assert found == [(pair, {"way": pair[0].name}) for pair in pairs]
+    assert len(calls) == processes
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -155,7 +191,15 @@ def tool_with(limits: tuple[environments.Limit, ...] = ()) -> environments.Tool:
 def record_of(wrong: str, name: str = "internlm2-llama-plain") -> dict[str, Any]:
     cells = {f"one | {case.name}": {"agreed": {"logits": "1e-06"}, "wrong": ""} for case in CASES}
     cells[f"one | {name}"]["wrong"] = wrong
-    return {"ours": "ours", "megabytes": 100, "minutes": 1, "tried_minutes": 1, "cells": cells}
+    return {
+        "ours": "ours",
+        "date": "2026-02-03",
+        "transformers": "5.1.2",
+        "megabytes": 100,
+        "minutes": 1,
+        "tried_minutes": 1,
+        "cells": cells,
+    }
 
 
 def test_what_is_wrong_fails_unless_it_is_a_limit_and_a_limit_that_is_none_fails() -> None:
@@ -176,6 +220,21 @@ def test_a_wrong_cell_says_why() -> None:
     unknown = table.render({"a": tool_with()}, {"a": record_of("greedy 1/2")})
     assert "[1] greedy 1/2" in unknown
     assert "not run here" not in page
+
+
+def test_a_section_names_the_day_and_the_versions() -> None:
+    tool = replace(tool_with(), requirements=("a==1.0",))
+    (line,) = [line for line in table.render({"a": tool}, {"a": record_of("")}).splitlines() if "a==1.0" in line]
+    assert line.startswith("a==1.0, which brought transformers==5.1.2; ours: ours. Tried on 2026-02-03.")
+    pinned = replace(tool, requirements=("a==1.0", "transformers==5.1.2"))
+    assert "which brought" not in table.render({"a": pinned}, {"a": record_of("")})
+
+
+def test_the_version_in_an_environment_is_read_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    assert environments._version(tool_with(), "transformers") == ""
+    (tmp_path / "a/lib/python3.11/site-packages/transformers-5.1.2.dist-info").mkdir(parents=True)
+    assert environments._version(tool_with(), "transformers") == "5.1.2"
 
 
 def test_tools_that_were_read_or_not_run_say_so() -> None:
