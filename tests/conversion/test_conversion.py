@@ -403,6 +403,17 @@ def test_what_users_should_know_is_said(tokenizer: Path, tmp_path: Path, capsys:
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rows", [320 + 1023, 320 + 1024])
+def test_a_tokenizer_of_far_fewer_pieces_than_rows_is_warned_of(
+    rows: int, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InternLM2's 92544 pieces for InternLM's 103168 rows; vocabularies that are padded are common."""
+    build(tmp_path / "a", "internlm2", shape=Shape(layers=1, vocab=rows))
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer)
+    warning = f"{tokenizer} has 320 pieces, the model's vocabulary {rows}: more rows"
+    assert (warning in capsys.readouterr().err) == (rows == 320 + 1024)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_shard_holds_the_embedding_under_both_names_once(family: str, tokenizer: Path, tmp_path: Path) -> None:
     """The vocabulary-split name and the one of InternEvo 0.3.13 to 0.5.2 and later: one of them is found by each."""

@@ -67,6 +67,10 @@ class ConvertRequest:
     verify: bool = False
 
 
+PADDED_TO = 1024
+"""The largest number to a multiple of which a vocabulary is padded for its sake: 128 rows for each of 8 ranks."""
+
+
 @dataclass(frozen=True)
 class _Source(Understood):
     normalizes_head: bool
@@ -87,7 +91,7 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
     config = _config(form, request, source)
-    _warn(form, request, source, reporter)
+    _warn(form, request, source, tokenizer, reporter)
     with publication as folder, naming(folder):
         _write_weights(source, weights, request, reporter)
         copy_code(modules, folder)
@@ -165,7 +169,13 @@ def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
     return [TensorSpec(name, shape, dtype) for name, shape in named]
 
 
-def _warn(form: Form, request: ConvertRequest, source: _Source, reporter: Reporter) -> None:
+def _warn(form: Form, request: ConvertRequest, source: _Source, tokenizer: Tokenizer, reporter: Reporter) -> None:
+    if source.shape.vocab_size - tokenizer.vocab_size >= PADDED_TO:
+        reporter.warn(
+            f"{request.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary {source.shape.vocab_size}: "
+            "more rows are without a piece than padding adds. See that it is the tokenizer that the model was trained "
+            "with."
+        )
     if source.has_bias and form.model_type == "internlm2":
         reporter.warn(
             "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch), mlx-lm and vLLM with this "
