@@ -42,6 +42,8 @@ from .compat_internlm2 import (
     backend_keeps_cache,
     cache_slots,
     causal_mask,
+    config_of_pass,
+    given_slots,
     in_our_words,
     is_paged,
     is_prepared,
@@ -49,6 +51,7 @@ from .compat_internlm2 import (
     mask_for_generate,
     prepares_inputs,
     refuse_unknown,
+    slots_of,
     update_cache,
     with_our_cache_name,
     with_tensor_parallelism,
@@ -227,7 +230,7 @@ class InternLM2Attention(nn.Module):
         if past_key_values is not None:
             key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_kwargs, kwargs)  # [B, k, S, d]
 
-        backend = self.config._attn_implementation
+        backend = config_of_pass(self.config, past_key_values, kwargs)._attn_implementation
         # One query reads keys and values once either way, and sdpa may plan its kernel anew for every length.
         single = query.shape[2] == 1 and not backend_keeps_cache(kwargs)
         if backend == "eager" or (backend == "sdpa" and single):
@@ -377,12 +380,14 @@ class TokenLayout(NamedTuple):
     attention_mask: as given to the model, or None.
     past_key_values: what is cached before them, or None.
     packed: [B or 1, T], restarting with every sequence packed into a row; None where rows are one sequence.
+    slots: [T], those of the cache that the new tokens fill, where the caller counts them.
     """
 
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     past_key_values: Cache | None
     packed: torch.Tensor | None
+    slots: torch.Tensor | None
 
 
 def padding_mask(layout: TokenLayout) -> torch.Tensor | None:
@@ -393,13 +398,20 @@ def padding_mask(layout: TokenLayout) -> torch.Tensor | None:
 def check_mask_length(attention_mask: torch.Tensor, length: int, past_key_values: Cache | None) -> None:
     """ValueError unless a padding mask [B, S] covers the cached tokens and the `length` new ones.
 
-    A static cache counts its tokens on the device, where looking would make every step wait: its mask is believed.
+    A static cache counts its tokens on the device, where looking would make every step wait: its mask is believed, if
+    it covers the new tokens and no more than the cache's slots.
     """
+    width, slots = attention_mask.shape[-1], slots_of(past_key_values)
     seen = 0 if past_key_values is None or is_paged(past_key_values) else past_key_values.get_seq_length()
-    if isinstance(seen, int) and attention_mask.shape[-1] != seen + length:
+    if isinstance(seen, int) and width != seen + length:
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[-1]} tokens, but there are {seen} cached and {length} new "
-            "ones. Pass one column for each of them."
+            f"attention_mask covers {width} tokens, but there are {seen} cached and {length} new ones. Pass one column "
+            "for each of them."
+        )
+    if slots is not None and not length <= width <= slots:
+        raise ValueError(
+            f"attention_mask covers {width} tokens, but there are {length} new ones, and the cache has {slots} slots. "
+            "Pass one column for each cached and each new token."
         )
 
 
@@ -409,6 +421,7 @@ def token_layout(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     cu_seqlens: torch.Tensor | None,
+    slots: torch.Tensor | None = None,
 ) -> TokenLayout:
     """The layout of the tokens of hidden_states [B, T, H]; positions that are not given are counted."""
     length = hidden_states.shape[1]
@@ -425,10 +438,12 @@ def token_layout(
         position_ids = packed
     elif position_ids is None and attention_mask is not None and not is_prepared(attention_mask):
         position_ids = padded_position_ids(attention_mask)[:, -length:]
+    elif position_ids is None and slots is not None:
+        position_ids = slots.unsqueeze(0)
     elif position_ids is None:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
-    return TokenLayout(position_ids, attention_mask, past_key_values, packed)
+    return TokenLayout(position_ids, attention_mask, past_key_values, packed, slots)
 
 
 def sequence_lengths(layout: TokenLayout) -> torch.Tensor:
@@ -456,6 +471,27 @@ def varlen_arguments(packed: torch.Tensor, max_seqlen: int | None) -> dict[str, 
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _gives_attentions(config: Any, output_attentions: bool | None) -> bool:
+    """Whether to return attention weights; ValueError where the backend has none."""
+    wanted = config.output_attentions if output_attentions is None else output_attentions
+    if wanted and config._attn_implementation != "eager":
+        raise ValueError(
+            'output_attentions needs the weights that only attn_implementation="eager" gives; '
+            f"this model runs {config._attn_implementation!r}."
+        )
+    return wanted
+
+
+def _backend_mask(config: Any, hidden_states: torch.Tensor, layout: TokenLayout) -> Any:
+    """The mask as the attention backend takes it."""
+    # A single token sees everything before it, unless the cache has slots that are not filled yet.
+    preallocated = getattr(layout.past_key_values, "is_compileable", False)
+    if hidden_states.shape[1] == 1 and layout.attention_mask is None and not preallocated:
+        return None
+    mask, cache = layout.attention_mask, layout.past_key_values
+    return causal_mask(config, hidden_states, mask, cache, layout.packed, layout.slots)
 
 
 class InternLM2Model(InternLM2PreTrainedModel):
@@ -516,7 +552,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if not is_paged(past_key_values):
             refuse_unknown(kwargs, self.config._attn_implementation)
-        output_attentions = self._gives_attentions(output_attentions)
+        config = config_of_pass(self.config, past_key_values, kwargs)
+        output_attentions = _gives_attentions(config, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
@@ -532,9 +569,10 @@ class InternLM2Model(InternLM2PreTrainedModel):
             position_ids = torch.atleast_2d(indexes)
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")  # the name in transformers' data collators
-        layout = token_layout(hidden_states, position_ids, attention_mask, past_key_values, cu_seqlens)
+        slots = given_slots(kwargs)
+        layout = token_layout(hidden_states, position_ids, attention_mask, past_key_values, cu_seqlens, slots)
         # transformers looks for packed sequences only where there is no cache: the mask comes before it.
-        mask = self._backend_mask(hidden_states, layout)
+        mask = _backend_mask(config, hidden_states, layout)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         paged = is_paged(past_key_values) or backend_keeps_cache(kwargs)
@@ -544,7 +582,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
             "position_embeddings": self._position_embeddings(hidden_states, layout, paged),
             "attention_mask": mask,
             "past_key_values": past_key_values,
-            "cache_kwargs": cache_slots(past_key_values, hidden_states),
+            "cache_kwargs": cache_slots(past_key_values, hidden_states, slots),
         }
         all_hidden_states: list[torch.Tensor] = []
         all_weights: list[torch.Tensor] = []
@@ -564,24 +602,6 @@ class InternLM2Model(InternLM2PreTrainedModel):
             attentions=tuple(all_weights) if output_attentions else None,
             **{CACHE_NAME: past_key_values},
         )
-
-    def _gives_attentions(self, output_attentions: bool | None) -> bool:
-        """Whether to return attention weights; ValueError where the backend has none."""
-        wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        if wanted and self.config._attn_implementation != "eager":
-            raise ValueError(
-                'output_attentions needs the weights that only attn_implementation="eager" gives; '
-                f"this model runs {self.config._attn_implementation!r}."
-            )
-        return wanted
-
-    def _backend_mask(self, hidden_states: torch.Tensor, layout: TokenLayout) -> Any:
-        """The mask as the attention backend takes it."""
-        # A single token sees everything before it, unless the cache has slots that are not filled yet.
-        preallocated = getattr(layout.past_key_values, "is_compileable", False)
-        if hidden_states.shape[1] == 1 and layout.attention_mask is None and not preallocated:
-            return None
-        return causal_mask(self.config, hidden_states, layout.attention_mask, layout.past_key_values, layout.packed)
 
     def _packed_arguments(
         self, hidden_states: torch.Tensor, layout: TokenLayout, max_seqlen: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -158,8 +159,9 @@ KNOWN_ARGUMENTS = frozenset(
         *("num_items_in_batch", "shift_labels", "ignore_index"),  # the loss
         # generate() lets them through to here, having read them
         *("tokenizer", "assistant_tokenizer", "assistant_model"),
+        "cache_position",  # in 4.57 and 5.0: `given_slots`
         # Nobody: what they say is known without them, or is about parts that these models lack.
-        *("cache_position", "is_first_iteration", "token_type_ids", "output_router_logits"),
+        *("is_first_iteration", "token_type_ids", "output_router_logits"),
     }
 )
 KNOWN_BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -192,6 +194,19 @@ def backend_keeps_cache(backend_arguments: dict[str, Any]) -> bool:
     return is_paged(backend_arguments.get("cache"))
 
 
+def config_of_pass(config: Any, past_key_values: Any, backend_arguments: dict[str, Any]) -> Any:
+    """The config, without the "paged|" before its backend's name unless the pass has the cache of continuous batching.
+
+    Up to 5.8, generate_batch leaves it there, and transformers makes no causal mask for such a backend.
+    """
+    paged = config._attn_implementation.startswith("paged|")
+    if not paged or is_paged(past_key_values) or backend_keeps_cache(backend_arguments):
+        return config
+    config = copy.copy(config)
+    config._attn_implementation = config._attn_implementation.removeprefix("paged|")
+    return config
+
+
 def update_cache(
     cache: Any,
     key: torch.Tensor,
@@ -215,6 +230,7 @@ def causal_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
+    slots: torch.Tensor | None,
 ) -> Any:
     """What the attention backend of `config` takes as a mask, or None where it needs none.
 
@@ -222,11 +238,12 @@ def causal_mask(
         inputs_embeds: [B, T, H].
         attention_mask: [B, past + T], 1 = real token; a prepared mask is returned as it is.
         position_ids: [B, T] where they may describe packed sequences, else None.
+        slots: what `given_slots` gave.
     """
     if is_prepared(attention_mask) or is_paged(past_key_values):
         return attention_mask
     if not _MASK_IS_KNOWN:
-        return _own_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return _own_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, slots)
     arguments: dict[Any, Any] = {
         "config": config,
         "attention_mask": attention_mask,
@@ -235,7 +252,7 @@ def causal_mask(
         _MASK_EMBEDS: inputs_embeds,
     }
     if _MASK_TAKES_SLOTS:
-        arguments["cache_position"] = _new_slots(past_key_values, inputs_embeds)
+        arguments["cache_position"] = _new_slots(past_key_values, inputs_embeds, slots)
     return create_causal_mask(**arguments)
 
 
@@ -249,6 +266,7 @@ def mask_for_generate(arguments: dict[str, Any]) -> Any:
     Args:
         arguments: those of transformers' `create_masks_for_generate`, as this version calls it.
     """
+    arguments = {**arguments, "config": config_of_pass(arguments["config"], None, {})}
     mask, slots = arguments.get("attention_mask"), _slots_of_one_token(arguments)
     if slots is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] <= slots:
         wide = mask.new_zeros((len(mask), 1, 1, slots), dtype=torch.bool)
@@ -274,6 +292,7 @@ def _own_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
+    slots: torch.Tensor | None,
 ) -> torch.Tensor:
     """The mask [B, 1, T, S], True = attend, for "eager" and "sdpa", where create_causal_mask is gone or was changed."""
     if config._attn_implementation not in ("eager", "sdpa"):
@@ -282,7 +301,7 @@ def _own_mask(
             f'attn_implementation={config._attn_implementation!r} needs its own. Use "eager" or "sdpa". {VERSIONS}'
         )
     device = inputs_embeds.device
-    rows = _new_slots(past_key_values, inputs_embeds)  # [T]
+    rows = _new_slots(past_key_values, inputs_embeds, slots)  # [T]
     fixed: Any = past_key_values if getattr(past_key_values, "is_compileable", False) else None
     size = int(rows[-1]) + 1 if fixed is None else fixed.layers[0].max_cache_len
     mask = (torch.arange(size, device=device) <= rows[:, None])[None, None]  # [1, 1, T, S]
@@ -300,18 +319,37 @@ def is_prepared(attention_mask: Any) -> bool:
     return attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
-def cache_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor] | None:
+def slots_of(past_key_values: Any) -> int | None:
+    """Number of slots of a cache of fixed size all of whose layers keep every token, else None."""
+    if not getattr(past_key_values, "is_compileable", False) or any(past_key_values.is_sliding):
+        return None
+    return past_key_values.layers[0].max_cache_len
+
+
+def given_slots(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Slots [T] of the new tokens where generate() counts them, in 4.57 and 5.0.
+
+    A cache of fixed size there takes a key of zeros, as a padding token can have, for a slot that is not filled.
+    """
+    return arguments.get("cache_position") if _UPDATE_TAKES_SLOTS else None
+
+
+def cache_slots(
+    past_key_values: Cache | None, inputs_embeds: torch.Tensor, slots: torch.Tensor | None
+) -> dict[str, torch.Tensor] | None:
     """What `Cache.update` wants to know besides the new keys and values, None if nothing.
 
     A cache of fixed size is told which slots to fill by 4.57 and 5.0; later versions count them themselves.
     """
     if _UPDATE_TAKES_SLOTS and getattr(past_key_values, "is_compileable", False):
-        return {"cache_position": _new_slots(past_key_values, inputs_embeds)}
+        return {"cache_position": _new_slots(past_key_values, inputs_embeds, slots)}
     return None
 
 
-def _new_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Slots [T] of the new tokens, counted from the first token in the cache."""
+def _new_slots(past_key_values: Cache | None, inputs_embeds: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    """Slots [T] of the new tokens, counted from the first token in the cache unless they are given."""
+    if slots is not None:
+        return slots
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
 

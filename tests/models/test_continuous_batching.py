@@ -52,6 +52,7 @@ def assert_as_alone(model: Any, prompts: list[torch.Tensor]) -> None:
     outcomes = batched(model, prompts)
     assert [outcome.error for outcome in outcomes] == [None] * len(prompts)
     assert [outcome.generated_tokens for outcome in outcomes] == expected
+    assert alone(model, prompts[0]) == expected[0]
 
 
 @over_families

@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache, masking_utils
 
 from internlm2_model.compat_internlm2 import CACHE_NAME
-from tests.support.model_families import FAMILIES, Family, checkpoint_activations, tokens
+from tests.support.model_families import FAMILIES, Family, checkpoint_activations, padded, tokens
 from tests.support.rounding import assert_near, decided
 
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -154,6 +154,35 @@ def test_every_cache_gives_the_tokens_of_no_cache(
         assert torch.equal(cached, generate(model, prompt, attention_mask=seen, num_beams=beams, use_cache=False))
 
 
+@over_families
+@over_backends
+@pytest.mark.parametrize("decoding", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+def test_a_backend_for_pages_without_pages_is_that_backend(
+    family: Family, backend: str, decoding: dict[str, Any]
+) -> None:
+    """Up to transformers 5.8, generate_batch leaves "paged|" in the config."""
+    model = family.model("dynamic", attn_implementation=backend)
+    model.generation_config.disable_compile = True
+    ids, mask = padded([tokens(1, 6, seed=1), tokens(1, 11, seed=2)], "left")
+    expected = searched(model, ids, attention_mask=mask, **decoding)
+    model.config._attn_implementation = f"paged|{backend}"
+    assert torch.equal(searched(model, ids, attention_mask=mask, **decoding), expected)
+    assert model.config._attn_implementation == f"paged|{backend}"
+
+
+@over_families
+@over_ropes
+def test_a_static_cache_counts_keys_of_zeros(family: Family, rope: str) -> None:
+    """A padding token whose embedding is zero, without biases."""
+    model = family.model(rope, bias=False)
+    model.generation_config.disable_compile = True
+    ids, mask = padded([tokens(1, 6, seed=1), tokens(1, 11, seed=2)], "left")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids[mask == 0]] = 0
+    cached = greedy(model, ids, attention_mask=mask, cache_implementation="static")
+    assert torch.equal(cached, greedy(model, ids, attention_mask=mask, use_cache=False))
+
+
 def searched(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """12 tokens after ids that a search found."""
     return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **kwargs)[:, -12:]
@@ -286,3 +315,14 @@ def test_a_mask_of_another_length_is_refused(family: Family, width: int) -> None
         model(tokens(2, 1), attention_mask=torch.ones(2, width, dtype=torch.long), past_key_values=cache)
     with pytest.raises(ValueError, match=f"covers {width + 1} tokens, but there are 0 cached and {width} new"):
         model(tokens(2, width), attention_mask=torch.ones(2, width + 1, dtype=torch.long))
+
+
+@over_families
+def test_a_mask_that_a_static_cache_has_no_slots_for_is_refused(family: Family) -> None:
+    model = family.model()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(tokens(2, 8), past_key_values=cache)
+    for width in (1, 17):
+        with pytest.raises(ValueError, match=f"covers {width} tokens, but there are 2 new ones, and the cache has 16"):
+            model(tokens(2, 2), attention_mask=torch.ones(2, width, dtype=torch.long), past_key_values=cache)
+    model(tokens(2, 2), attention_mask=torch.ones(2, 10, dtype=torch.long), past_key_values=cache)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from tests.support.model_families import FAMILIES, INTERNLM, Family, padded, tokens
 from tests.support.rounding import assert_near
@@ -79,6 +79,19 @@ def test_padding_counts_for_nothing_where_positions_are_given(family: Family) ->
     ids, mask = padded(rows, "right")
     batch = model(ids, attention_mask=mask, position_ids=torch.arange(48).expand(2, -1)).logits
     close(batch[0, :20], model(rows[0]).logits[0])
+
+
+@over_families
+@pytest.mark.parametrize("number", [0, 1])
+@torch.no_grad()
+def test_right_padding_may_have_any_position(family: Family, number: int) -> None:
+    """generate() gives it 0, earlier versions 1; the keys before it stay where they are."""
+    model = tiny(family, "dynamic")
+    rows = [tokens(1, 20), tokens(1, 48)]
+    ids, mask = padded(rows, "right")
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, number)
+    outputs = model(ids, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
+    close(outputs.logits[0, :20], model(rows[0]).logits[0])
 
 
 @over_families
