@@ -39,7 +39,7 @@ ADDRESS_SPACE_NEEDED = 200 << 20
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-MAX_POS = "max_position_embeddings of the model (the length it was trained with; it is not in the checkpoint)"
+MAX_POS = "max_position_embeddings of the model (the length it was trained with; not taken from the checkpoint)"
 
 
 class Parser(argparse.ArgumentParser):

@@ -183,6 +183,26 @@ def test_a_normalised_head_that_training_used_raw(
     assert "does not set norm_head" in refused
 
 
+@pytest.mark.parametrize(
+    ("stored", "written", "rounds"),
+    [
+        (torch.float32, "bfloat16", True),
+        (torch.float16, "bfloat16", True),
+        (torch.bfloat16, "bfloat16", False),
+        (torch.bfloat16, "float32", False),
+    ],
+)
+def test_the_last_line_says_what_was_rounded(
+    stored: torch.dtype, written: str, rounds: bool, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", "internlm2", dtype=stored)
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", written, "--verify")
+    text = "".join(capsys.readouterr())
+    name = str(stored).removeprefix("torch.")
+    assert (f"rounded from {name} to {written} (--dtype)" in text) == rounds
+    assert f"equals its source{', rounded' if rounds else ''}." in text
+
+
 def refusal(family: str, source: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
     """The sentence with which the conversion is refused; nothing is written."""
     target = source.parent / "refused"

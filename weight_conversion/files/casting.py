@@ -51,13 +51,18 @@ def unsigned(itemsize: int) -> np.dtype[Any]:
     return np.dtype(f"u{itemsize}")
 
 
+def narrows(source: DType, target: DType) -> bool:
+    """Whether some numbers of the one type are not of the other, and are rounded."""
+    return target.itemsize < source.itemsize or {source, target} == {FLOAT16, BFLOAT16}
+
+
 class Cast:
     """Casts from one type to another. Has memory of its own to work in: each thread needs one."""
 
     def __init__(self, source: DType, target: DType) -> None:
         self._source, self._target = source, target
         self._step = _step(source, target)
-        self._narrows = target.itemsize < source.itemsize or {source, target} == {FLOAT16, BFLOAT16}
+        self._narrows = narrows(source, target)
         self._magnitudes = np.empty(CHUNK, unsigned(target.itemsize))
 
     def __call__(self, source: Array, target: Array) -> Loss:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import PROJECT, __version__
 from ..errors import ConversionError, naming, shown
-from ..files.casting import Array, Loss
+from ..files.casting import Array, Loss, narrows
 from ..files.copying import Copier, Task
 from ..files.dtypes import BFLOAT16, FLOAT16, DType
 from ..files.safetensors_file import read_header
@@ -106,7 +106,15 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
         sum(tensor.nbytes for tensor in weights.tensors.values()),
         request.target,
         verified=request.verify,
+        rounded=_rounded(source, request.dtype),
     )
+
+
+def _rounded(source: _Source, dtype: DType) -> str:
+    """In words, from which types numbers were rounded; nothing where all are as they were."""
+    found = {tensor.dtype for _, copies in source.parts for tensors in copies[0] for tensor in tensors}
+    names = sorted(one.name for one in found if narrows(one, dtype))
+    return f"rounded from {' and '.join(names)} to {dtype.name} (--dtype)" if names else ""
 
 
 def _understand(family: Family, form: Form, request: ConvertRequest, reporter: Reporter) -> _Source:

@@ -42,12 +42,14 @@ class Reporter:
 
             yield advance
 
-    def summary(self, tensors: int, nbytes: int, target: Path, *, verified: bool) -> None:
-        """What was written, and how long the whole run took."""
+    def summary(self, tensors: int, nbytes: int, target: Path, *, verified: bool, rounded: str = "") -> None:
+        """What was written, and how long the whole run took; `rounded` says from which types to which."""
         seconds = time.monotonic() - self._start
         try:
             wrote = f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}"
         except OSError as error:  # the work is done: no reason to end with another status
             wrote = f"{target}, whose files cannot be listed now ({error.strerror})"
-        checked = " Verified: every tensor was read again and equals its source." if verified else ""
-        say(f"{tensors} tensors, {nbytes / 1e9:.3f} GB, {seconds:.1f} s. Wrote {wrote}.{checked}")
+        equals = "equals its source" + (", rounded" if rounded else "")
+        checked = f" Verified: every tensor was read again and {equals}." if verified else ""
+        how = f", {rounded}" if rounded else ""
+        say(f"{tensors} tensors, {nbytes / 1e9:.3f} GB{how}, {seconds:.1f} s. Wrote {wrote}.{checked}")
