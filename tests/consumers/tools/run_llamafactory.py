@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,8 @@ TRUST = {"trust_remote_code": True}
 
 
 class Exported:
-    def __init__(self, folder: str, template: str) -> None:
+    def __init__(self, folder: str, way: str) -> None:
+        template = "intern2" if "intern2" in way else ""
         with tempfile.TemporaryDirectory() as scratch:
             adapter, exported = Path(scratch, "adapter"), Path(scratch, "exported")
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **TRUST)
@@ -40,12 +42,15 @@ class Exported:
                 **({"template": template} if template else {}),
             }
             command = [Path(sys.executable).with_name("llamafactory-cli"), "export"]
-            flags = [f"{name}={value}" for name, value in settings.items()]
+            flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
             variables = {**os.environ, "PYTHONPATH": EMPTY}
             run = subprocess.run([*map(str, command), *flags], env=variables, capture_output=True, text=True)
             print(run.stdout, run.stderr, sep="\n")
             if run.returncode:
                 raise RuntimeError(f"llamafactory-cli export: {run.stderr.strip().splitlines()[-1]}")
+            if "copied" in way:
+                for file in Path(folder).glob("*token*"):
+                    shutil.copy(file, exported)
             self.tokenizer = AutoTokenizer.from_pretrained(exported, **TRUST)
             self.model = AutoModelForCausalLM.from_pretrained(exported, dtype="float32", **TRUST).eval()
         self.template = TEMPLATES.get(template)
@@ -70,4 +75,4 @@ class Exported:
 
 
 def open_folder(folder: str, way: str) -> Exported:
-    return Exported(folder, "intern2" if "intern2" in way else "")
+    return Exported(folder, way)
