@@ -254,6 +254,22 @@ def test_training_on_the_hugging_face_class_comes_back(
     assert "Leave --config out" in refusal(family, tmp_path / "native", tokenizer, capsys, "--config", str(config))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_is_not_the_trained_one_is_named(
+    family: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", family, hf_class=True)
+    build(tmp_path / "native", family)
+    convert(family, tmp_path / "native", tmp_path / "class", tokenizer)
+    config = tmp_path / "class" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 512}))
+    found = refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(config.parent))
+    assert f"ranks by {config} (--config)" in found
+    nowhere = tmp_path / "nowhere"
+    found = refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(nowhere))
+    assert f"{nowhere} is missing. --config takes the config.json of the class that training ran on" in found
+
+
 @pytest.mark.parametrize("choices", [{}, {"wp": 4}, {"fused": False}], ids=str)
 def test_key_value_heads_are_those_of_the_weights(choices: dict[str, Any], tokenizer: Path, tmp_path: Path) -> None:
     """Where model_config.pt does not say how many there are."""

@@ -83,6 +83,7 @@ def _copies_found(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShap
     holders = copies_of(entry.rule, grid)
     holding = {member for copy in holders for member in copy}
     by_member: dict[int, list[StoredTensor]] = {member: [] for member in holding}
+    given = f" by {checkpoint.config_file} (--config)" if checkpoint.is_of_hf_class else ""
     for name, expected in zip(entry.training, part_shapes(entry, grid, shape), strict=True):
         for member, tensor in enumerate(checkpoint.tensors.get(name, [None] * len(grid.members))):
             if member not in holding:
@@ -96,7 +97,7 @@ def _copies_found(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShap
                     f"{grid.name(grid.members[member], '*')}, expected on each of {len(holding)} {group.value} ranks. "
                     "The checkpoint is incomplete or no model of this family."
                 )
-            _check(tensor, expected, f"on each of {size} {group.value} ranks")
+            _check(tensor, expected, f"on each of {size} {group.value} ranks{given}")
             by_member[member].append(tensor)
     _check_same_dtype([tensor for tensors in by_member.values() for tensor in tensors])
     return [[by_member[member] for member in copy] for copy in holders]
