@@ -160,10 +160,11 @@ def eager_attention_forward(
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether the module is nn.Linear and no more: not by its type (quantized, LoRA), its hooks (offloading, tensor
-    parallelism) or a method in its own place."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    return type(linear) is nn.Linear and not hooked
+    """Whether the module is nn.Linear and no more: not by its type (LoRA, quantized) or that of its weight (quantized,
+    shared by processes), its hooks (offloading, tensor parallelism, gradients) or a method in its own place."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    replaced = any(hooks) or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not replaced
 
 
 def sum_of_products(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:

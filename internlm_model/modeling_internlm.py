@@ -152,10 +152,11 @@ def eager_attention_forward(
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether the module is nn.Linear and no more: not by its type (quantized, LoRA), its hooks (offloading, tensor
-    parallelism) or a method in its own place."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    return type(linear) is nn.Linear and not hooked
+    """Whether the module is nn.Linear and no more: not by its type (LoRA, quantized) or that of its weight (quantized,
+    shared by processes), its hooks (offloading, tensor parallelism, gradients) or a method in its own place."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    replaced = any(hooks) or "forward" in linear.__dict__
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not replaced
 
 
 def sum_of_products(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
@@ -463,7 +464,7 @@ def key_position_ids(layout: TokenLayout, past_key_values: Cache) -> torch.Tenso
     """Positions [B, S] of cached and new keys, told from the new tokens' positions [B, T] and the padding.
 
     Cached tokens are counted like new ones, and the count is moved so that the last new token that is no padding has
-    its position.
+    its position. Of a prepared mask, what the last new token does not see is padding.
     """
     position_ids, padding = layout.position_ids, padding_mask(layout)
     length = position_ids.shape[-1]
@@ -472,6 +473,12 @@ def key_position_ids(layout: TokenLayout, past_key_values: Cache) -> torch.Tenso
         count = padded_position_ids(padding)  # [B, past + T]
         shift = sequence_lengths(layout) - 1 - count[:, -1:]
         count = F.pad(count, (0, width - count.shape[-1]))  # [B, S]; slots that are not filled are masked
+    elif isinstance(layout.attention_mask, torch.Tensor):  # [B or 1, h or 1, T, S]
+        seen = layout.attention_mask[:, 0, -1]  # [B or 1, S]
+        if seen.dtype != torch.bool:
+            seen = seen > torch.finfo(seen.dtype).min / 2
+        count = padded_position_ids(seen)
+        shift = position_ids[:, -1:] - count[:, -1:]
     else:
         count = torch.arange(width, device=position_ids.device)  # [S]
         last = past_key_values.get_seq_length() + length - 1 if layout.slots is None else layout.slots[-1]

@@ -132,6 +132,21 @@ def test_three_weights_and_pieces_of_one_have_the_same_names(
     assert "layers.0.attention.wqkv.weight" not in names
 
 
+def test_three_weights_are_known_by_their_biases(tokenizer: Path, tmp_path: Path) -> None:
+    """The framework cuts no bias into pieces."""
+    full = build(tmp_path / "a", "internlm2", tp=2, fused=False, bias=True, omit=("enable_qkv_fusion",))
+    convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    assert_same(weights(tmp_path / "hf"), full)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_size_of_none_is_not_stated(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("num_layers", "vocab_size", "intermediate_size"))
+    full = build(tmp_path / "a", family, config=sizes)
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, "--dtype", "float32")
+    assert_same(weights(tmp_path / "hf"), full)
+
+
 @pytest.mark.parametrize("source", [param for param in real_checkpoints() if "internlm_" not in str(param.id)])
 def test_pieces_of_a_real_wqkv_give_the_training_models_logits(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     """As InternEvo's save hook since September 2024 cuts them: where the rows of q, and of k, would end."""
@@ -262,7 +277,8 @@ def test_a_config_that_is_not_the_trained_one_is_named(
     build(tmp_path / "native", family)
     convert(family, tmp_path / "native", tmp_path / "class", tokenizer)
     config = tmp_path / "class" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 512}))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"hidden_size": 2 * settings["hidden_size"]}))
     found = refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(config.parent))
     assert f"ranks by {config} (--config)" in found
     nowhere = tmp_path / "nowhere"

@@ -183,6 +183,21 @@ def test_a_static_cache_counts_keys_of_zeros(family: Family, rope: str) -> None:
     assert torch.equal(cached, greedy(model, ids, attention_mask=mask, use_cache=False))
 
 
+@over_families
+@over_ropes
+@over_backends
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_within_a_row_is_passed_over(family: Family, rope: str, backend: str, cache: str) -> None:
+    """As the second turn of a left-padded batch leaves it."""
+    model = family.model(rope, attn_implementation=backend)
+    model.generation_config.disable_compile = True
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 5:8], mask[1, :2] = 0, 0
+    batch = greedy(model, ids, attention_mask=mask, cache_implementation=cache)
+    alone = [greedy(model, row[real == 1][None], use_cache=False) for row, real in zip(ids, mask, strict=True)]
+    assert torch.equal(batch, torch.cat(alone))
+
+
 def searched(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """12 tokens after ids that a search found."""
     return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **kwargs)[:, -12:]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from internlm_model.modeling_internlm import project, sum_of_products
+from internlm_model.modeling_internlm import is_plain, project, sum_of_products
 from tests.support.model_families import FAMILIES, Family, tokens
 from tests.support.rounding import assert_near, decided
 
@@ -82,6 +82,35 @@ def test_a_compiled_projection_that_is_more_than_linear_is_called() -> None:
         compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
         for result in compiled(states, linear, plain)[:1] + compiled(states, linear):
             assert_near(result, linear(states))
+
+
+class Quantized(torch.nn.Parameter):
+    """A weight of a class of its own, as torchao puts it into an nn.Linear."""
+
+
+def test_a_weight_of_another_class_is_not_plain() -> None:
+    linear = torch.nn.Linear(8, 8)
+    assert is_plain(linear)
+    linear.weight = Quantized(linear.weight.detach())
+    assert type(linear) is torch.nn.Linear
+    assert not is_plain(linear)
+
+
+@over_families
+def test_a_compiled_model_calls_backward_hooks(family: Family) -> None:
+    """They may change gradients, as Llama's do."""
+    model, ids = small(family, "origin"), tokens(1, 6)
+    (layer,) = model.model.layers
+    target = layer.self_attn.q_proj if family.name == "internlm" else layer.attention.wqkv
+    gradients = []
+    for forward in (model, torch.compile(model, backend="eager")):
+        torch.compiler.reset()
+        hook = target.register_full_backward_hook(lambda module, inputs, outputs: (torch.zeros_like(inputs[0]),))
+        model.zero_grad()
+        forward(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad.clone())
+        hook.remove()
+    assert_near(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

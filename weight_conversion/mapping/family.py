@@ -106,7 +106,7 @@ def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout)
     Defaults are those of the training framework for keys that its configuration leaves out.
     """
     config, where = checkpoint.config, checkpoint.config_file
-    if config.get("num_layers", checkpoint.num_layers) != checkpoint.num_layers:
+    if config.get("num_layers") not in (None, checkpoint.num_layers):
         raise ConversionError(
             f"{where} says num_layers = {shown(config['num_layers'])}, but the shards in {checkpoint.folder} hold "
             f"{checkpoint.num_layers} layers. Shards are missing, or of another run."
@@ -146,7 +146,7 @@ def _size_found(size: str, checkpoint: TrainingCheckpoint, table: Table, layout:
         if tensor is None or len(tensor.shape) != len(row.dims[0]):
             continue
         found = tensor.shape[dim] * (checkpoint.grid.size(row.rule.over) if dim == row.rule.dim else 1)
-        if checkpoint.config.get(size, found) != found:
+        if checkpoint.config.get(size) not in (None, found):
             raise ConversionError(
                 f"{checkpoint.config_file} says {size} = {shown(checkpoint.config[size])}, but tensor "
                 f"{shown(tensor.name)} of shape {shown(list(tensor.shape))} in {tensor.path} makes it {found}. "

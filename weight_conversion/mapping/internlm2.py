@@ -80,6 +80,8 @@ def _qkv_found(checkpoint: TrainingCheckpoint, warn: Callable[[str], None]) -> s
     if "layers.0.attention.wq.weight" not in checkpoint.tensors:
         return FUSED
     fused = checkpoint.config.get("enable_qkv_fusion")
+    if fused is None and "layers.0.attention.wq.bias" in checkpoint.tensors:
+        return SEPARATE  # the framework cuts weights into pieces, no biases
     if fused is None:
         warn(
             f"{checkpoint.folder}: wq, wk and wv are read as pieces of one wqkv, as which InternEvo saves InternLM2 "
