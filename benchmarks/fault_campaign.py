@@ -32,7 +32,17 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tests.faults import fault_moments as moments  # noqa: E402
 from tests.faults.fault_harness import quick_folder, train_quick_tokenizer  # noqa: E402
-from tests.faults.fuzzing import KINDS, Subject, check_layout, payload, random_layout, structure, with_cut, with_flip  # noqa: E402
+from tests.faults.fuzzing import (
+    KINDS,
+    SOURCES,
+    Subject,
+    check_layout,
+    payload,
+    random_layout,
+    structure,
+    with_cut,
+    with_flip,
+)  # noqa: E402
 from tests.faults.hostile_pickles import EXHAUSTING, HOSTILE, hostile_surroundings, in_dict, write_archive  # noqa: E402
 from weight_conversion.signals import ENDING  # noqa: E402
 
@@ -83,8 +93,8 @@ def layouts(count: int, random: Random, tokenizer: Path) -> Iterable[Line]:
 
 def damage(arguments: argparse.Namespace, random: Random, tokenizer: Path) -> Iterable[Line]:
     """Cut files and changed bytes, under --verify."""
-    kinds = {"shards": "InternEvo shards", "safetensors": "safetensors folder", "bin": ".bin folder"}
-    for kind, what in kinds.items():
+    for kind, source in SOURCES.items():
+        what = source.what
         with quick_folder() as folder:
             subjects = [Subject(folder / family, family, kind, tokenizer) for family in FAMILIES]
             cuts = Line(f"{what}: a file cut at a random length")

@@ -14,12 +14,11 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.faults.fault_harness import quick_folder, train_quick_tokenizer
-from tests.faults.fuzzing import Subject, check_layout, payload, random_layout, structure, with_cut, with_flip
+from tests.faults.fuzzing import SOURCES, Subject, check_layout, payload, random_layout, structure, with_cut, with_flip
 from tests.support.checkpoints import Shape, build
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "internevo_checkpoints"
 FAMILIES = ("internlm", "internlm2")
-KINDS = ("shards", "safetensors", "bin")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +32,7 @@ def subjects(tokenizer: Path) -> Iterator[dict[tuple[str, str], Subject]]:
         yield {
             (family, kind): Subject(folder / f"{family}_{kind}", family, kind, tokenizer)
             for family in FAMILIES
-            for kind in KINDS
+            for kind in SOURCES
         }
 
 
@@ -49,7 +48,7 @@ def test_any_layout_comes_back_exactly(tokenizer: Path, random: Random) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOURCES)
 def test_a_cut_file_is_refused(
     kind: str, family: str, subjects: dict[tuple[str, str], Subject], random: Random
 ) -> None:
@@ -65,7 +64,7 @@ def test_a_cut_file_is_refused(
 @settings(max_examples=80, deadline=None)
 @given(st.randoms(use_true_random=False))
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOURCES)
 def test_a_changed_byte_of_structure_is_told_or_harmless(
     kind: str, family: str, subjects: dict[tuple[str, str], Subject], random: Random
 ) -> None:
@@ -79,7 +78,7 @@ def test_a_changed_byte_of_structure_is_told_or_harmless(
 @settings(max_examples=40, deadline=None)
 @given(st.randoms(use_true_random=False))
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["shards", "bin"])
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "safetensors"])
 def test_a_changed_byte_of_a_tensor_is_told_by_its_checksum(
     kind: str, family: str, subjects: dict[tuple[str, str], Subject], random: Random
 ) -> None:

@@ -68,6 +68,11 @@ class Place:
     def revert_command(self, *more: str, target: Path | None = None) -> tuple[str, list[str]]:
         return f"revert_{self.family}", revert_words(self.hf, target or self.target, 2, *more)
 
+    def reshard_command(self, *more: str, target: Path | None = None) -> tuple[str, list[str]]:
+        """From the checkpoint to another, of an isp run."""
+        sizes = ("--wp_size", "2", "--pp_size", "2")
+        return f"revert_{self.family}", revert_words(self.source, target or self.target, 2, *sizes, *more)
+
 
 def make_place(root: Path, family: str, tokenizer: Path) -> Place:
     place = Place(root, family)
@@ -80,7 +85,11 @@ def make_place(root: Path, family: str, tokenizer: Path) -> Place:
 
 
 Command = Callable[..., tuple[str, list[str]]]
-COMMANDS: dict[str, Command] = {"convert": Place.convert_command, "revert": Place.revert_command}
+COMMANDS: dict[str, Command] = {
+    "convert": Place.convert_command,
+    "revert": Place.revert_command,
+    "reshard": Place.reshard_command,
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ def _disturbed(
         _assert_next_run_completes(place, command, result)
 
 
-WEIGHTS = {"convert": "model.safetensors", "revert": "model_tp0_pp0.pt"}
+WEIGHTS = {"convert": "model.safetensors", "revert": "model_tp0_pp0.pt", "reshard": "model_tp0_wp0_pp0.pt"}
 """A name that a folder of the kind that each direction writes has."""
 
 

@@ -191,36 +191,55 @@ def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # ----------------------------------------------------------------------------------------------------------- damage
 
 
-class Subject:
-    """A source folder and a command that reads it with --verify. `kind` is what holds the weights:
+@dataclass(frozen=True)
+class Source:
+    """A kind of source that is damaged, and the command that reads it with --verify."""
 
-    shards         an InternEvo checkpoint, 2 x 2 shards
-    safetensors    a Hugging Face folder, several files and an index
-    bin            a Hugging Face folder with .bin files and their index
-    """
+    what: str
+    script: str
+    """convert2hf or revert."""
+    suffix: str
+    """Of the files that hold the weights."""
+    run: dict[str, Any]
+    """Sizes and mode of the training run, as choices of checkpoints.Recipe."""
+
+
+TENSOR_PARALLEL: dict[str, Any] = {"tp": 2, "pp": 2}
+WEIGHT_PARALLEL: dict[str, Any] = {"tp": 2, "wp": 2, "pp": 2, "fused_mlp": True}
+SOURCES = {
+    "shards": Source("InternEvo shards", "convert2hf", ".pt", TENSOR_PARALLEL),
+    "isp": Source("InternEvo shards of isp", "convert2hf", ".pt", WEIGHT_PARALLEL),
+    "resharded": Source("InternEvo shards of isp, resharded", "revert", ".pt", WEIGHT_PARALLEL),
+    "safetensors": Source("safetensors folder", "revert", ".safetensors", TENSOR_PARALLEL),
+    "bin": Source(".bin folder", "revert", ".bin", TENSOR_PARALLEL),
+}
+"""The Hugging Face folders have several files and an index."""
+
+
+class Subject:
+    """A source folder of a kind named in SOURCES, and a command that reads it with --verify."""
 
     def __init__(self, root: Path, family: str, kind: str, tokenizer: Path) -> None:
-        self._root, self._family, self._kind = root, family, kind
+        self._root, self._family, self._kind = root, family, SOURCES[kind]
         self.tokenizer = root / "tokenizer.model"
         root.mkdir()
         shutil.copy(tokenizer, self.tokenizer)
-        build(root / "checkpoint", family, shape=TINY[family], tp=2, pp=2, bias=family == "internlm")
         self._source = root / "checkpoint"
-        if kind != "shards":
+        build(self._source, family, shape=TINY[family], bias=family == "internlm", **self._kind.run)
+        if self._kind.suffix != ".pt":
             self._make_folder()
         assert run_script(*self._command()).status == 0
         self._expected = contents(root / "target")
         shutil.rmtree(root / "target")
-        weights = "model*" if kind == "shards" else f"*.{kind}"
-        self.weights = sorted(self._source.glob(weights))
-        self.settings = sorted(self._source.glob("*.json")) if kind != "shards" else []
+        self.weights = sorted(self._source.glob(f"*{self._kind.suffix}"))
+        self.settings = sorted(self._source.glob("*.json")) if self._kind.suffix != ".pt" else []
         self.settings = [path for path in self.settings if path.name == "config.json" or "index" in path.name]
 
     def _make_folder(self) -> None:
         words = convert_words(self._source, self._root / "hf", self.tokenizer, "--max_shard", "20KB")
         assert run_script(f"convert2hf_{self._family}", words).status == 0
         self._source = self._root / "hf"
-        if self._kind == "bin":
+        if self._kind.suffix == ".bin":
             index: dict[str, str] = {}
             for number, path in enumerate(sorted(self._source.glob("*.safetensors"))):
                 name = f"pytorch_model-{number}.bin"
@@ -232,10 +251,10 @@ class Subject:
             (self._source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
 
     def _command(self) -> tuple[str, list[str]]:
-        target = self._root / "target"
-        if self._kind == "shards":
-            return f"convert2hf_{self._family}", convert_words(self._source, target, self.tokenizer, "--verify")
-        return f"revert_{self._family}", revert_words(self._source, target, 2, "--embed_split", "--verify")
+        target, script = self._root / "target", f"{self._kind.script}_{self._family}"
+        if self._kind.script == "convert2hf":
+            return script, convert_words(self._source, target, self.tokenizer, "--verify")
+        return script, revert_words(self._source, target, 2, "--embed_split", "--verify")
 
     def check(self, path: Path, content: bytes) -> str:
         """Runs the command while `path` holds `content`; what happened:
