@@ -3,9 +3,10 @@
     from        to                  how
     bfloat16    float32             the upper half of its bits
     float32     bfloat16            bits: half of the last place added, ties to even, cut off
-    float32     float16             numpy's own, which rounds ties to even; NaN is mended
+    float32     float16             bits, where both are normal; else numpy's own, and NaN is mended
     float16     float32             table of all 65,536 values
-    16 bits     16 bits             table of all 65,536 values, made by way of float32
+    bfloat16    float16             bits, where both are normal; else table
+    float16     bfloat16            table of all 65,536 values, made by way of float32
     float64     any                 by way of float32, as torch does
 
 Numbers are rounded as torch rounds them, infinities and denormals included. What torch makes of a NaN depends on the
@@ -93,10 +94,57 @@ def _step(source: DType, target: DType) -> Step:
     if source is target:
         return _copy
     if source is FLOAT32:
-        return _Float32ToBfloat16() if target is BFLOAT16 else _Float32ToFloat16()
+        return _Float32ToBfloat16() if target is BFLOAT16 else _ToFloat16(source, _Float32ToFloat16())
     if (source, target) == (BFLOAT16, FLOAT32):
         return _widen_bfloat16
-    return _ByTable(_table(source, target))
+    by_table = _ByTable(_table(source, target))
+    return _ToFloat16(source, by_table) if target is FLOAT16 else by_table
+
+
+class _ToFloat16:
+    """Casts numbers that are normal in float16 by arithmetic, and the others, few in weights, by another step.
+
+    Exponent and mantissa together round to the other mantissa as a whole number does, whose carry is the next exponent;
+    then the exponent takes the other bias. The source has the bias 127, and may have a longer mantissa.
+    """
+
+    def __init__(self, source: DType, others: Step) -> None:
+        self._others = others
+        self._bits, self._abnormal = np.empty(CHUNK, unsigned(source.itemsize)), np.empty(CHUNK, np.bool_)
+        mantissa = 23 if source is FLOAT32 else 7
+        self._cut = mantissa - 10
+        self._half = 1 << self._cut - 1 if self._cut > 0 else 0
+        self._sign_moves = 8 * (source.itemsize - 2)
+        # the magnitudes that become normal are those from `first` on, `count` of them
+        self._first = 127 - 14 << mantissa
+        self._count = (30 << mantissa) - self._half
+
+    def __call__(self, source: Array, target: Array) -> None:
+        bits, abnormal = self._bits[: len(source)], self._abnormal[: len(source)]
+        np.left_shift(source, 1, out=bits)  # without the sign
+        np.subtract(bits, 2 * self._first, out=bits)
+        np.greater_equal(bits, 2 * self._count, out=abnormal)
+        self._normal(source, bits, target)
+        others = np.flatnonzero(abnormal)
+        if len(others):
+            results = np.empty(len(others), target.dtype)
+            self._others(source[others], results)
+            target[others] = results
+
+    def _normal(self, source: Array, bits: Array, target: Array) -> None:
+        if self._half:  # ties to even
+            np.right_shift(source, self._cut, out=bits)
+            np.bitwise_and(bits, 1, out=bits)
+            np.add(bits, source, out=bits)
+            np.add(bits, self._half - 1, out=bits)
+            np.right_shift(bits, self._cut, out=target, casting="unsafe")
+        else:
+            np.left_shift(source, -self._cut, out=target)
+        np.subtract(target, 127 - 15 << 10 & 0xFFFF, out=target)
+        np.bitwise_and(target, 0x7FFF, out=target)
+        np.right_shift(source, self._sign_moves, out=bits)
+        np.bitwise_and(bits, 0x8000, out=bits)
+        np.bitwise_or(target, bits, out=target, casting="unsafe")
 
 
 class _ByTable:
