@@ -32,7 +32,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tests.faults import fault_moments as moments  # noqa: E402
 from tests.faults.fault_harness import quick_folder, train_quick_tokenizer  # noqa: E402
-from tests.faults.fuzzing import (
+from tests.faults.fuzzing import (  # noqa: E402
     KINDS,
     SOURCES,
     Subject,
@@ -42,7 +42,7 @@ from tests.faults.fuzzing import (
     structure,
     with_cut,
     with_flip,
-)  # noqa: E402
+)
 from tests.faults.hostile_pickles import EXHAUSTING, HOSTILE, hostile_surroundings, in_dict, write_archive  # noqa: E402
 from weight_conversion.signals import ENDING  # noqa: E402
 
