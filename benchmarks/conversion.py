@@ -74,7 +74,8 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, wp: int, pp: int, dty
     dtype = getattr(torch, dtype_name)
     grid = grid_of(ISP_FILES if wp else TENSOR_PARALLEL_FILES, tp, wp or 1, pp)
     bias = preset.family == "internlm"
-    layout = family.layout_written(common_choices(grid.names, HIDDEN_SPLIT, HALVES, joined=False, bias=bias), 2)
+    common = common_choices(grid.names, HIDDEN_SPLIT, HALVES, joined=False, bias=bias)
+    layout = family.layout_written(common, 2, common)
     stem = "blocks" if preset.family == "internlm" else "layers"
     per_stage = preset.layers // pp
     folder.mkdir(parents=True)

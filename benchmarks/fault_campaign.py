@@ -198,13 +198,13 @@ def disturbances(arguments: argparse.Namespace, tokenizer: Path) -> Iterable[Lin
         seed = arguments.seed
         for number in (signal.SIGKILL, *ENDING):
             line = Line(f"{direction}: {number.name} at a random moment")
-            case = (direction, number, arguments.random, seed)
-            _at_moments(line, "internlm2", tokenizer, moments.signalled_at_random, *case)
+            when = (direction, number, arguments.random, seed)
+            _at_moments(line, "internlm2", tokenizer, moments.signalled_at_random, *when)
             yield line
         for number in ENDING:
             line = Line(f"{direction}: {number.name} while a random file operation never returns")
-            case = (direction, number, arguments.hanging, seed)
-            _at_moments(line, "internlm2", tokenizer, moments.signalled_while_hanging, *case)
+            when = (direction, number, arguments.hanging, seed)
+            _at_moments(line, "internlm2", tokenizer, moments.signalled_while_hanging, *when)
             yield line
 
 
