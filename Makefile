@@ -102,4 +102,4 @@ internevo: $(INTERNEVO)/.installed
 
 # transformers' own tests of causal models, where there is a checkout: TRANSFORMERS_TESTS=its/tests make peer-tests
 peer-tests: $(READY)
-	PYTHONPATH=. $(BIN)/python -m pytest -o addopts= --quiet tests/peer/peer_suite.py
+	PYTHONPATH=. $(BIN)/python -m pytest -o addopts= -o filterwarnings= --quiet tests/peer/peer_suite.py

@@ -667,6 +667,14 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin, ChatMixin)
         # generate() asks the model first.
         return mask_for_generate(kwargs)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        # generate() from 5.4 on asks for the first positions, and counts on from the last. Its own have 0 for padding
+        # on the right, after which the new tokens would be 1, 2, ..., as if the prompt were not there.
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            return padded_position_ids(mask)
+        return cast(Any, super())._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
     @in_our_words
     def forward(
         self,

@@ -460,6 +460,21 @@ def sequence_lengths(layout: TokenLayout) -> torch.Tensor:
     return position_ids.amax(-1, keepdim=True) + 1
 
 
+def last_real_position(position_ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Position [B, 1] of the last new token that is no padding: the first that sees as many as the last one does.
+
+    Args:
+        position_ids: [B or 1, T], padding with any position.
+        seen: which keys each new token sees, [B or 1, T, S].
+    """
+    if position_ids.shape[-1] == 1:
+        return position_ids
+    number = seen.sum(-1)  # [B or 1, T]
+    position_ids, number = torch.broadcast_tensors(position_ids, number)
+    first = (number == number[:, -1:]).int().argmax(-1, keepdim=True)
+    return position_ids.gather(-1, first)
+
+
 def key_position_ids(layout: TokenLayout, past_key_values: Cache) -> torch.Tensor:
     """Positions [B, S] of cached and new keys, told from the new tokens' positions [B, T] and the padding.
 
@@ -474,11 +489,11 @@ def key_position_ids(layout: TokenLayout, past_key_values: Cache) -> torch.Tenso
         shift = sequence_lengths(layout) - 1 - count[:, -1:]
         count = F.pad(count, (0, width - count.shape[-1]))  # [B, S]; slots that are not filled are masked
     elif isinstance(layout.attention_mask, torch.Tensor):  # [B or 1, h or 1, T, S]
-        seen = layout.attention_mask[:, 0, -1]  # [B or 1, S]
+        seen = layout.attention_mask[:, 0]  # [B or 1, T, S]
         if seen.dtype != torch.bool:
             seen = seen > torch.finfo(seen.dtype).min / 2
-        count = padded_position_ids(seen)
-        shift = position_ids[:, -1:] - count[:, -1:]
+        count = padded_position_ids(seen[:, -1])
+        shift = last_real_position(position_ids, seen) - count[:, -1:]
     else:
         count = torch.arange(width, device=position_ids.device)  # [S]
         last = past_key_values.get_seq_length() + length - 1 if layout.slots is None else layout.slots[-1]
@@ -694,6 +709,14 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin, ChatMixin):
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
         # generate() asks the model first.
         return mask_for_generate(kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        # generate() from 5.4 on asks for the first positions, and counts on from the last. Its own have 0 for padding
+        # on the right, after which the new tokens would be 1, 2, ..., as if the prompt were not there.
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            return padded_position_ids(mask)
+        return cast(Any, super())._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
     @in_our_words
     def forward(

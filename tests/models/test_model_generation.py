@@ -198,6 +198,28 @@ def test_padding_within_a_row_is_passed_over(family: Family, rope: str, backend:
     assert torch.equal(batch, torch.cat(alone))
 
 
+@torch.no_grad()
+def counted_from_the_mask(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """12 greedy tokens, each by a pass over all, which counts the real tokens by itself."""
+    for _ in range(12):
+        ids = torch.cat((ids, model(ids, attention_mask=mask, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+    return ids[:, -12:]
+
+
+@over_families
+@over_ropes
+@over_backends
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+def test_after_right_padding_the_real_tokens_are_counted(family: Family, rope: str, backend: str, cache: str) -> None:
+    """generate() from 5.4 on would begin anew at position 1; earlier ones put 1 as the padding's position."""
+    model = family.model(rope, attn_implementation=backend)
+    model.generation_config.disable_compile = True
+    ids, mask = padded([tokens(1, 7, seed=1), tokens(1, 11, seed=2)], "right")
+    settings = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
+    assert torch.equal(greedy(model, ids, attention_mask=mask, **settings), counted_from_the_mask(model, ids, mask))
+
+
 def searched(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """12 tokens after ids that a search found."""
     return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, **kwargs)[:, -12:]

@@ -83,13 +83,16 @@ def test_padding_counts_for_nothing_where_positions_are_given(family: Family) ->
 
 @over_families
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("prepared", [False, True])
 @torch.no_grad()
-def test_right_padding_may_have_any_position(family: Family, number: int) -> None:
+def test_right_padding_may_have_any_position(family: Family, number: int, prepared: bool) -> None:
     """generate() gives it 0, earlier versions 1; the keys before it stay where they are."""
     model = tiny(family, "dynamic")
     rows = [tokens(1, 20), tokens(1, 48)]
     ids, mask = padded(rows, "right")
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, number)
+    if prepared:
+        mask = mask[:, None, None].bool() & torch.ones(48, 48, dtype=torch.bool).tril()
     outputs = model(ids, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
     close(outputs.logits[0, :20], model(rows[0]).logits[0])
 

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -49,6 +55,36 @@ NAMES: dict[str, Any] = {
 }
 for head, names in NAMES.items():
     names |= {"internlm": f"InternLM{head}", "internlm2": f"InternLM2{head}"}
+# And they load by Auto classes without trust_remote_code, for which a class has to be registered.
+AUTO_CLASSES: dict[str, Any] = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+}
+
+
+def register(config: Any, prefix: str, module: Any) -> None:
+    """Make one family's classes known to the Auto classes."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for head, auto in AUTO_CLASSES.items():
+        auto.register(config, getattr(module, prefix + head), exist_ok=True)
+
+
+register(internlm_model.InternLMConfig, "InternLM", internlm_model)
+register(internlm2_model.InternLM2Config, "InternLM2", internlm2_model)
+
+set_rope_of_config = common._set_config_rope_params
+
+
+def set_known_rope(config: Any, settings: dict[str, Any]) -> Any:
+    """Without the key that their "default" rotary type ignores, and that these models refuse by name."""
+    known = {name: value for name, value in settings.items() if name != "original_max_position_embeddings"}
+    return set_rope_of_config(config, known if config.model_type.startswith("internlm") else settings)
+
+
+common._set_config_rope_params = set_known_rope
 
 # Tests of what is meant to be otherwise, for both families.
 DIFFERENT = {
@@ -58,8 +94,8 @@ DIFFERENT = {
 YARN = "yarn is no rotary type of these models, and refused by name"
 
 
-def tester(config: type, prefix: str, module: Any) -> type:
-    """Their CausalLMModelTester for one family."""
+def inputs_of(config: type, prefix: str, module: Any) -> type:
+    """Their CausalLMModelTester, which makes configs and inputs, for one family."""
     heads = {
         "base_model_class": "Model",
         "causal_lm_class": "ForCausalLM",
@@ -99,6 +135,6 @@ class _Llama:
     LlamaForQuestionAnswering = LlamaForQuestionAnswering
 
 
-TestLlama = suite("Llama", tester(LlamaConfig, "Llama", _Llama))
-TestInternLM = suite("InternLM", tester(internlm_model.InternLMConfig, "InternLM", internlm_model))
-TestInternLM2 = suite("InternLM2", tester(internlm2_model.InternLM2Config, "InternLM2", internlm2_model))
+TestLlama = suite("Llama", inputs_of(LlamaConfig, "Llama", _Llama))
+TestInternLM = suite("InternLM", inputs_of(internlm_model.InternLMConfig, "InternLM", internlm_model))
+TestInternLM2 = suite("InternLM2", inputs_of(internlm2_model.InternLM2Config, "InternLM2", internlm2_model))
