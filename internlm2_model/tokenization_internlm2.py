@@ -145,11 +145,20 @@ class InternLM2Tokenizer(SequenceMixin, PreTrainedTokenizer):
 
     def _encode_plus(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
         if return_offsets_mapping:  # transformers 5 drops it
-            raise NotImplementedError(
-                f"{type(self).__name__} has no return_offsets_mapping; load a folder that holds tokenizer.json with "
-                "AutoTokenizer, which gives the fast tokenizer, or with PreTrainedTokenizerFast."
-            )
+            raise self._only_fast("return_offsets_mapping")
         return super()._encode_plus(*args, **kwargs)
+
+    def apply_chat_template(self, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any) -> Any:
+        """See PreTrainedTokenizerBase. NotImplementedError if return_assistant_tokens_mask, which needs offsets."""
+        if return_assistant_tokens_mask:  # a TypeError from within transformers 5.24
+            raise self._only_fast("return_assistant_tokens_mask")
+        return super().apply_chat_template(*args, **kwargs)
+
+    def _only_fast(self, argument: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} has no {argument}; load a folder that holds tokenizer.json with "
+            "AutoTokenizer, which gives the fast tokenizer, or with PreTrainedTokenizerFast."
+        )
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return self.sp_model.encode(text, out_type=str)

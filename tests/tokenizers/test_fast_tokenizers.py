@@ -116,6 +116,14 @@ def test_the_slow_one_refuses_offsets(slow: Any) -> None:
             slow(texts, return_offsets_mapping=True)
 
 
+def test_the_slow_one_refuses_the_mask_of_answers(slow: Any) -> None:
+    """transformers 5.24 would end in a TypeError about the offsets that are not there."""
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    with pytest.raises(NotImplementedError, match="return_assistant_tokens_mask"):
+        slow.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert slow.apply_chat_template(messages, tokenize=False)
+
+
 # Offsets
 
 
