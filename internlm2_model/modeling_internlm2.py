@@ -60,6 +60,8 @@ from .configuration_internlm2 import InternLM2Config
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
+SUMMED_AT_ONCE = 1024  # terms of a sum that Inductor's kernels read at once
+
 
 class InternLM2RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
@@ -168,9 +170,16 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def sum_of_products(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """linear(states) of a single token, [1, 1, H] -> [1, 1, n], summed in float32 or better."""
+    """linear(states) of a single token, [1, 1, H] -> [1, 1, n], summed in float32 or better.
+
+    In parts of 1024 terms where H has up to seven of them: Inductor's kernels hold so many at once, in place of a loop,
+    and it writes out the sum of so few parts where that is used.
+    """
     dtype = torch.promote_types(states.dtype, torch.float32)
-    product = (linear.weight.to(dtype) * states.flatten().to(dtype)).sum(-1)  # [n, H] -> [n]
+    size = states.shape[-1]
+    parts = size // SUMMED_AT_ONCE if size % SUMMED_AT_ONCE == 0 and size < 8 * SUMMED_AT_ONCE else 1
+    weight = linear.weight.unflatten(-1, (parts, -1))  # [n, parts, H / parts]
+    product = (weight.to(dtype) * states.view(parts, -1).to(dtype)).sum(-1).sum(-1)  # [n]
     if linear.bias is not None:
         product = product + linear.bias
     return product.to(states.dtype).view(*states.shape[:-1], -1)
