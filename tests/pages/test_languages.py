@@ -25,6 +25,9 @@ from tests.pages.pages import (
     prose,
     target,
 )
+from tests.versions.chinese import WORDS, table_in_chinese
+
+BEGIN, END = "<!-- made by make compat -->", "<!-- up to here -->"
 
 over_pairs = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=[page.name for page, _ in PAIRS])
 
@@ -94,3 +97,13 @@ def translated(page: Path, link: str) -> tuple[Any, int | None]:
     """Where the translation of a page must link to."""
     found, heading = place(page, link)
     return dict(PAIRS).get(found, found), heading
+
+
+def test_the_table_of_versions_is_translated() -> None:
+    def made(page: str) -> str:
+        return (REPOSITORY / "docs" / page).read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+
+    table = made("versions.md")
+    assert made("versions-zh-Hans.md") == table_in_chinese(table)
+    unused = [word for word in WORDS if word not in table]
+    assert not unused, unused

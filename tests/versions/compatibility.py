@@ -26,6 +26,7 @@ from pathlib import Path
 
 import folders
 import torch
+from chinese import table_in_chinese
 from environments import NEWEST, PINS, environment_variables, make_newest, newest_versions
 from layout import CONTINUOUS_BATCHING, MODELS, TOKENIZER, TOKENIZERS
 
@@ -137,8 +138,8 @@ def main() -> int:
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(report, encoding="utf-8")
         in_pages = "\n\n".join([tables[0].markdown(reasons := reasons_of(tables[:1])), *notes(reasons)])
-        for page in PAGES:
-            page.write_text(with_table(page.read_text(encoding="utf-8"), in_pages), encoding="utf-8")
+        for page, table in zip(PAGES, (in_pages, table_in_chinese(in_pages)), strict=True):
+            page.write_text(with_table(page.read_text(encoding="utf-8"), table), encoding="utf-8")
     failures = [failure for table in tables for failure in table.failures()]
     print(*(f"FAILED {failure}" for failure in failures), sep="\n", file=sys.stderr)
     return 1 if failures else 0
