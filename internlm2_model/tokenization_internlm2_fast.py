@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -124,7 +125,7 @@ class _TokenizerFile(SequenceMixin, PreTrainedTokenizerFast):
         normalizer = self._tokenizer.normalizer
         steps = json.loads(normalizer.__getstate__()).get("normalizers", []) if normalizer is not None else []
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        names = {step["content"]: step["pattern"]["String"] for step in steps if step["type"] == "Replace"}
+        names = {step["content"]: _literal(step["pattern"]) for step in steps if step["type"] == "Replace"}
         return {ids[token]: len(piece) for token, piece in names.items() if piece != " " and token in ids}
 
     # Saving.
@@ -170,6 +171,14 @@ class InternLM2TokenizerFast(_TokenizerFile):
     Raises:
         ValueError: there is no tokenizer.json to make it from, or `sp_model_kwargs`.
     """
+
+
+def _literal(pattern: dict[str, str]) -> str:
+    """Return the only text that a Replace step is for; " " where its expression fits others."""
+    if "String" in pattern:
+        return pattern["String"]
+    text = re.sub(r"\\(.)", r"\1", pattern["Regex"])
+    return text if re.escape(text) == pattern["Regex"] else " "
 
 
 class _WholeSpans:

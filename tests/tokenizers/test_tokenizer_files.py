@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -245,6 +246,20 @@ def test_a_pair_of_texts_is_joined_the_same_way(pair: tuple[Any, Any]) -> None:
     assert len(slow) == len(fast) == 500
     assert set(slow("one")) == set(fast("one")) == {"input_ids", "attention_mask"}  # what the models take
     assert slow.get_vocab() == fast.get_vocab()
+
+
+def test_a_pattern_that_is_replaced_means_the_same_as_text_and_as_an_expression(
+    spec: TokenizerSpec, chat_folder: Path
+) -> None:
+    """Some readers, openvino-tokenizers among them, take a pattern of either kind for an expression."""
+    content = read_json(chat_folder / "tokenizer.json")
+    steps = {step["content"]: step["pattern"] for step in content["normalizer"]["normalizers"]}
+    renamed = {token.content: token.piece for token in spec.chat_tokens if token.content != token.piece}
+    assert steps.keys() == {*renamed, "▁"}
+    for name, piece in {**renamed, "▁": " "}.items():
+        (pattern,) = steps[name].values()
+        assert re.fullmatch(pattern, piece), piece
+        assert not re.search(pattern, piece[:-1])
 
 
 def test_the_fast_form_works_without_transformers(family: Family, chat_folder: Path) -> None:
