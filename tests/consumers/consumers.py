@@ -194,6 +194,7 @@ def _section(tool: Tool, tried: Mapping[str, Any]) -> str:
     if tried.get("transformers") and not any(pin.startswith("transformers") for pin in versions):
         versions.append(f"which brought transformers=={tried['transformers']}")
     lines = [
+        *([f"{tool.note}\n"] if tool.note else []),
         f"{', '.join(versions)}; ours: {tried['ours']}. Tried on {tried['date']}. Environment: "
         f"{tried['megabytes'] / 1000:.1f} GB, {tried['minutes']} minutes to make; {tried['tried_minutes']} minutes to "
         "try.\n",

@@ -67,6 +67,7 @@ class Tool:
     name: str
     title: str
     read: str = ""
+    note: str = ""
     program: str = ""
     requirements: tuple[str, ...] = ()
     then: tuple[str, ...] = ()
@@ -138,9 +139,9 @@ def make(tool: Tool) -> dict[str, Any]:
 def _install(tool: Tool) -> None:
     shutil.rmtree(tool.folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(tool.folder)], check=True)
-    for requirements in (tool.requirements, tool.then):
-        if requirements:
-            _pip(tool, "install", "--no-compile", *requirements)
+    _pip(tool, "install", "--no-compile", *tool.requirements)
+    if tool.then:
+        _pip(tool, "install", "--no-compile", "--no-deps", *tool.then)
     if tool.remove:
         _pip(tool, "uninstall", "--yes", *tool.remove)
     for source in tool.sources:

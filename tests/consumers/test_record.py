@@ -230,6 +230,24 @@ def test_a_section_names_the_day_and_the_versions() -> None:
     assert "which brought" not in table.render({"a": pinned}, {"a": record_of("")})
 
 
+def test_a_note_stands_before_the_versions() -> None:
+    tool = replace(tool_with(), requirements=("a==1.0",), note="Half of it is older.")
+    page = table.render({"a": tool}, {"a": record_of("")})
+    assert "Half of it is older." in page
+    assert page.index("Half of it is older.") < page.index("a==1.0")
+
+
+def test_what_is_installed_over_the_requirements_brings_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(environments, "_pip", lambda _, *arguments: asked.append(arguments))
+    environments._install(replace(tool_with(), requirements=("a==1.0",), then=("b==2.0",)))
+    assert asked == [("install", "--no-compile", "a==1.0"), ("install", "--no-compile", "--no-deps", "b==2.0")]
+
+
 def test_the_version_in_an_environment_is_read_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "ROOT", tmp_path)
     assert environments._version(tool_with(), "transformers") == ""
