@@ -129,6 +129,17 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.addcmul(states * cos, torch.cat((second, first), dim=-1), sin)
 
 
+def weigh_by_slot(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weights @ value of one token, [B, k, g, S] @ [B, k, S, d], for torch.compile on a GPU.
+
+    Its library is fast where rows begin at multiples of 16 bytes, which S weights seldom are: generate() makes a static
+    cache one slot shorter than the text. So a small kernel writes them in rows of g, with zeros up to a multiple of 8.
+    """
+    groups = weights.shape[2]
+    by_slot = F.pad(weights.transpose(2, 3), (0, -groups % 8))  # [B, k, S, g + zeros]
+    return (by_slot.transpose(2, 3) @ value)[:, :, :groups]
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -157,8 +168,10 @@ def eager_attention_forward(
         scores = scores + attention_mask
     # The softmax kernels add up in float32 whatever dtype they read and write.
     weights = F.softmax(scores, dim=-1)
-    output = weights.view(batch, kv_heads, -1, weights.shape[-1]) @ value  # [B, k, g T, d]
-    return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
+    rows = weights.view(batch, kv_heads, -1, weights.shape[-1])  # [B, k, g T, S]
+    by_slot = length == 1 and value.is_cuda and torch.compiler.is_compiling()
+    output = weigh_by_slot(rows, value) if by_slot else rows @ value  # [B, k, g T, d]
+    return output.reshape(batch, heads, length, head_dim).transpose(1, 2), weights
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
+from internlm2_model.modeling_internlm2 import weigh_by_slot
 from internlm_model.modeling_internlm import SUMMED_AT_ONCE, is_plain, project, sum_of_products
 from tests.support.model_families import FAMILIES, Family, tokens
 from tests.support.rounding import assert_near, decided
@@ -127,6 +128,16 @@ def test_a_product_written_as_a_sum_is_the_product(dtype: torch.dtype, bias: boo
     terms = linear.weight.double().abs() @ states.double().abs().flatten()
     additions = (size + 1) * torch.finfo(torch.float32).eps * terms
     assert ((found - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + additions).all()
+
+
+@pytest.mark.parametrize("groups", [1, 6, 8])
+@torch.no_grad()
+def test_values_weighed_by_slot_are_the_product(groups: int) -> None:
+    torch.manual_seed(0)
+    weights, value = torch.randn(2, 3, groups, 13), torch.randn(2, 3, 13, 16)
+    found = torch.compile(weigh_by_slot, fullgraph=True, backend="aot_eager")(weights, value)
+    assert found.shape == (2, 3, groups, 16)
+    assert_near(found, weights @ value)
 
 
 def exported(model: Any) -> Any:
