@@ -232,7 +232,7 @@ def revert_parser(script: str, family: str, *, versions: bool) -> Parser:
     add = parser.add_argument
     add("--src", type=file_name, required=True, help="Hugging Face folder, or folder with InternEvo shards")
     add("--tgt", type=file_name, required=True, help="folder to write the shards to")
-    add("--tp_size", type=positive, required=True, help="tensor-parallel size: number of shards")
+    add("--tp_size", type=positive, required=True, help="tensor-parallel size: ranks that share a layer")
     add("--pp_size", type=positive, default=1, help="pipeline size: stages that share the layers")
     add("--num_chunks", type=positive, default=1, help="chunks of an interleaved pipeline")
     add("--wp_size", type=positive, help="weight-parallel size of an isp run; without it the run is not isp")

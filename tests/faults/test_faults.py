@@ -742,6 +742,21 @@ def test_a_vocabulary_that_does_not_divide_is_told_from_heads_and_sizes(
         refused(place, place.revert_command(*flags), *words)
 
 
+@pytest.mark.parametrize("tp", [3, 5, 8])
+def test_heads_that_do_not_divide_are_told_before_a_vocabulary_that_could_be_enlarged(tp: int, place: Place) -> None:
+    outcome = run_script(f"revert_{place.family}", revert_words(place.hf, place.target, tp))
+    assert_refused(outcome, f"key/value heads do not divide by {tp}, but by 1, 2")
+    assert "warning" not in outcome.errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_shards_of_the_last_tensor_parallel_rank(family: str, bases: dict[str, Path]) -> None:
+    with copied_place(bases, family) as place:
+        for path in place.source.glob("model_tp1_*"):
+            path.unlink()
+        refused(place, place.convert_command(), "shards of the", "ranks are missing")
+
+
 @pytest.mark.parametrize("tp", ["0", "-1", "x", "1.5", ""])
 def test_a_parallel_size_that_is_none_is_refused(tp: str, place: Place) -> None:
     outcome = run_script("revert_internlm2", ["--src", str(place.hf), "--tgt", str(place.target), "--tp_size", tp])

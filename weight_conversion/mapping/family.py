@@ -92,7 +92,8 @@ class Family:
         if not self.shares_kv_heads and shape.num_kv_heads != shape.num_heads:
             raise ConversionError(
                 f"{where}: {shape.num_heads} heads share {shape.num_kv_heads} key/value heads, but {self.name} "
-                "has as many of the one as of the other. InternLM2 shares them, and has its own script."
+                "has as many of the one as of the other. InternLM2 shares them, and has its own script. Of InternLM, "
+                "shards of the last ranks are missing."
             )
 
 

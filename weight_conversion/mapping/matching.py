@@ -97,10 +97,19 @@ def _copies_found(entry: Entry, checkpoint: TrainingCheckpoint, shape: ModelShap
                     f"{grid.name(grid.members[member], '*')}, expected on each of {len(holding)} {group.value} ranks. "
                     "The checkpoint is incomplete or no model of this family."
                 )
-            _check(tensor, expected, f"on each of {size} {group.value} ranks{given}")
+            missing = "; shards of the other ranks are missing" if _is_part(tensor.shape, expected) else ""
+            _check(tensor, expected, f"on each of {size} {group.value} ranks{given}{missing}")
             by_member[member].append(tensor)
     _check_same_dtype([tensor for tensors in by_member.values() for tensor in tensors])
     return [[by_member[member] for member in copy] for copy in holders]
+
+
+def _is_part(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether more ranks than there are would make up the expected shape."""
+    if len(found) != len(expected):
+        return False
+    different = [(a, b) for a, b in zip(found, expected, strict=True) if a != b]
+    return len(different) == 1 and 0 < different[0][0] < different[0][1] and different[0][1] % different[0][0] == 0
 
 
 def match_hf(

@@ -35,7 +35,7 @@ from ..mapping.family import (
     whole_embedding_name,
 )
 from ..mapping.hf_settings import DEFAULT_POSITIONS, rope_of
-from ..mapping.matching import Match, copies_of, match_hf, part_specs
+from ..mapping.matching import Match, copies_of, match_hf, part_shapes, part_specs
 from ..mapping.rules import ModelShape, divisors
 from ..mapping.table import Entry, Layout
 from .publishing import Publication
@@ -115,8 +115,9 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     run = _run(request, source.shape)
     if request.verify:
         source.verify_files()
+    specs = _shard_specs(source, run)
     config = _training_config(family, request, source, reporter)
-    by_place = shard_writers(publication.folder, run.grid, _shard_specs(source, run), _second_names(source, run))
+    by_place = shard_writers(publication.folder, run.grid, specs, _second_names(source, run))
     writers = list(by_place.values())
     publication.check_space(sum(writer.size for writer in writers))
     with publication as folder, naming(folder):
@@ -291,7 +292,10 @@ def _second_names(source: _Source, run: Run) -> dict[str, str]:
 
 
 def _shard_specs(source: _Source, run: Run) -> dict[tuple[int, int], list[TensorSpec]]:
-    """The tensors of each file, by (stage, number of the member)."""
+    """The tensors of each file, by (stage, number of the member); ConversionError where the ranks cannot share them."""
+    rows_of_vocabulary = (source.shape.vocab_size, source.shape.hidden_size)
+    for entry, _ in sorted(source.fulls, key=lambda match: match[0].hf_shapes[0] == rows_of_vocabulary):
+        part_shapes(entry, run.grid, source.shape)  # the vocabulary last, as it alone can be enlarged
     specs: dict[tuple[int, int], list[TensorSpec]] = {place: [] for place in run.grid.places()}
     for entry, fulls in source.fulls:
         place = run.numbering.place_of(entry.layer)
