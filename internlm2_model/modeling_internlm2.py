@@ -451,7 +451,11 @@ def token_layout(
     packed = None
     if attention_mask is not None and not is_prepared(attention_mask):
         check_mask_length(attention_mask, length, past_key_values)
-    if cu_seqlens is not None and (past_key_values is None or is_paged(past_key_values)):
+    if cu_seqlens is not None and past_key_values is not None and not is_paged(past_key_values):
+        raise ValueError(
+            "cu_seqlens keeps the sequences of a row apart, but past_key_values joins them. Pass one of the two."
+        )
+    if cu_seqlens is not None:
         packed = packed_position_ids(cu_seqlens, length)
         # A prepared mask keeps the sequences apart and the cached tokens in sight; one of padding cannot.
         attention_mask = attention_mask if is_prepared(attention_mask) else None

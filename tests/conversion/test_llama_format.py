@@ -242,6 +242,36 @@ def test_a_llama_that_is_no_internlm2_is_refused_by_name(
     assert refused("internlm2", tmp_path, capsys, words)
 
 
+@pytest.mark.parametrize("family", ["internlm", "internlm2"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"head_dim": 64}, ["head_dim", "64"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"bias": True}, ["bias is True", "none of the biases"]),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5}},
+            ["partial_rotary_factor"],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_folder_of_its_own_class_that_training_computes_otherwise_is_refused_by_name(
+    family: str,
+    change: dict[str, Any],
+    words: list[str],
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    build(tmp_path / "a", family)
+    convert(family, tmp_path / "a", tmp_path / "llama", tokenizer)
+    config = settings(tmp_path / "llama") | change
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    assert refused(family, tmp_path, capsys, words)
+
+
 @pytest.mark.parametrize("form", ["internlm", "llama"])
 def test_shared_key_value_heads_are_refused_for_internlm(
     form: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from tests.support.model_families import FAMILIES, Family, tokens
 from tests.support.rounding import assert_near
@@ -55,6 +55,14 @@ def test_packed_is_separate(family: Family, backend: str, description: dict[str,
     model = family.model(attn_implementation=backend)
     ids, _, rows = packed()
     assert_near(model(ids, **description).logits, separate(model, rows))
+
+
+@over_families
+def test_packed_sequences_beside_a_cache_are_refused(family: Family) -> None:
+    """An empty one, too: it would join them."""
+    offsets = torch.tensor(STARTS, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens keeps the sequences of a row apart"):
+        family.model()(packed()[0], cu_seqlens=offsets, past_key_values=DynamicCache())
 
 
 @over_families

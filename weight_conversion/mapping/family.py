@@ -15,7 +15,7 @@ from ..folders.grid import FileNames, Grid, Group
 from ..folders.internevo_folder import WORD_EMBEDDINGS, TrainingCheckpoint
 from ..tokenizer.tokenizer_files import TokenizerSpec
 from . import llama
-from .form import Form, Rope
+from .form import Form, Rope, check_computation, check_settings
 from .rules import (
     AttentionHeads,
     AttentionRows,
@@ -68,7 +68,7 @@ class Family:
     @cached_property
     def forms(self) -> dict[str, Form]:
         """The forms that a Hugging Face folder may have, by their `model_type`; the family's own one first."""
-        own = Form(self.name, self.model_type, self.code, self.table, self.tokenizer, self._own_config, _accept)
+        own = Form(self.name, self.model_type, self.code, self.table, self.tokenizer, self._own_config, _check_own)
         return {form.model_type: form for form in (own, llama.llama_form(self.table, self.tokenizer))}
 
     def _own_config(self, shape: ModelShape, has_bias: bool, rope: Rope) -> dict[str, Any]:
@@ -97,8 +97,14 @@ class Family:
             )
 
 
-def _accept(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, where: Path) -> None:
-    """The family's own folders: what they cannot be is found in their tensors."""
+def _check_own(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, where: Path) -> None:
+    """ConversionError for every setting with which the family's own class computes what training does not."""
+    check_computation(config, shape, where)
+    held = "all" if has_bias else "none"
+    check_settings(config, where, [("bias", has_bias, has_bias, f"its weight files hold {held} of the biases")])
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        check_settings(rope, where, [("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head")])
 
 
 def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> ModelShape:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConversionError, shown
 from ..tokenizer.tokenizer_files import TokenizerSpec
 from .rules import ModelShape
 from .table import Table
@@ -35,3 +36,26 @@ class Form:
     """(shape, has biases, rope) -> keys of config.json that only this form has."""
     check: Callable[[Mapping[str, Any], ModelShape, bool, Path], None]
     """(config.json, shape, has biases, its path): ConversionError where it says what the family cannot be."""
+
+
+Setting = tuple[str, Any, Any, str]
+"""A key of config.json, what it means where it is absent, what it must say, and why."""
+
+
+def check_computation(config: Mapping[str, Any], shape: ModelShape, where: Path) -> None:
+    """ConversionError for settings with which either class computes what the training framework does not."""
+    rows: tuple[Setting, ...] = (
+        ("hidden_act", "silu", "silu", "both families have this activation"),
+        ("head_dim", shape.head_dim, shape.head_dim, "both families have hidden_size / num_attention_heads"),
+        ("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head"),
+        ("quantization_config", None, None, "the framework loads weights in full"),
+    )
+    check_settings(config, where, rows)
+
+
+def check_settings(config: Mapping[str, Any], where: Path, rows: Iterable[Setting]) -> None:
+    """ConversionError for the first of the settings that says something else."""
+    for key, absent, expected, meaning in rows:
+        found = absent if config.get(key) is None else config[key]
+        if found != expected:
+            raise ConversionError(f"{where}: {key} is {shown(found)}, expected {shown(expected)}: {meaning}.")

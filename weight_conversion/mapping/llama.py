@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConversionError, shown
 from ..tokenizer.tokenizer_files import TokenizerSpec
-from .form import Form, Rope
+from .form import Form, Rope, check_computation, check_settings
 from .rules import ModelShape, Separate
 from .table import LAYER, Table
 
@@ -54,19 +54,17 @@ def _config(shape: ModelShape, has_bias: bool, rope: Rope) -> dict[str, Any]:
 
 def _check(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, where: Path) -> None:
     """ConversionError for every setting with which a Llama computes what no InternLM or InternLM2 does."""
-    for key, absent, expected, meaning in (
-        ("attention_bias", False, has_bias, f"its weight files hold {'all' if has_bias else 'none'} of the biases"),
-        ("tie_word_embeddings", False, False, "both families have a head of their own"),
-        ("mlp_bias", False, False, "both families have no biases in the MLP"),
-        ("hidden_act", "silu", "silu", "both families have this activation"),
-        ("head_dim", shape.head_dim, shape.head_dim, "both families have hidden_size / num_attention_heads"),
-        ("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head"),
-        ("quantization_config", None, None, "the framework loads weights in full"),
-        ("auto_map", None, None, "code beside the weights may compute anything"),
-    ):
-        found = absent if config.get(key) is None else config[key]
-        if found != expected:
-            raise ConversionError(f"{where}: {key} is {shown(found)}, expected {shown(expected)}: {meaning}.")
+    check_computation(config, shape, where)
+    check_settings(
+        config,
+        where,
+        (
+            ("attention_bias", False, has_bias, f"its weight files hold {'all' if has_bias else 'none'} of the biases"),
+            ("tie_word_embeddings", False, False, "both families have a head of their own"),
+            ("mlp_bias", False, False, "both families have no biases in the MLP"),
+            ("auto_map", None, None, "code beside the weights may compute anything"),
+        ),
+    )
     for key in ("rope_parameters", "rope_scaling"):
         settings = config.get(key)
         if isinstance(settings, dict):
