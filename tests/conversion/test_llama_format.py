@@ -45,6 +45,10 @@ def settings(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
+def change_settings(folder: Path, change: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(settings(folder) | change))
+
+
 # ---------------------------------------------------------------------------------------------------- the same model
 
 
@@ -237,8 +241,7 @@ def test_a_llama_that_is_no_internlm2_is_refused_by_name(
 ) -> None:
     build(tmp_path / "a", "internlm2")
     convert("internlm2", tmp_path / "a", tmp_path / "llama", tokenizer, *LLAMA)
-    config = settings(tmp_path / "llama") | change
-    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    change_settings(tmp_path / "llama", change)
     assert refused("internlm2", tmp_path, capsys, words)
 
 
@@ -267,8 +270,7 @@ def test_a_folder_of_its_own_class_that_training_computes_otherwise_is_refused_b
 ) -> None:
     build(tmp_path / "a", family)
     convert(family, tmp_path / "a", tmp_path / "llama", tokenizer)
-    config = settings(tmp_path / "llama") | change
-    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    change_settings(tmp_path / "llama", change)
     assert refused(family, tmp_path, capsys, words)
 
 
@@ -278,8 +280,7 @@ def test_shared_key_value_heads_are_refused_for_internlm(
 ) -> None:
     build(tmp_path / "a", "internlm2")
     convert("internlm2", tmp_path / "a", tmp_path / "llama", tokenizer, *LLAMA)
-    config = settings(tmp_path / "llama") | {"model_type": form}
-    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    change_settings(tmp_path / "llama", {"model_type": form})
     assert refused("internlm", tmp_path, capsys, ["share 2 key/value heads", "InternLM2"])
 
 

@@ -25,9 +25,7 @@ from tests.pages.pages import (
     prose,
     target,
 )
-from tests.versions.chinese import WORDS, table_in_chinese
-
-BEGIN, END = "<!-- made by make compat -->", "<!-- up to here -->"
+from tests.versions.page_table import WORDS, table_in_chinese, table_of
 
 over_pairs = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=[page.name for page, _ in PAIRS])
 
@@ -100,10 +98,10 @@ def translated(page: Path, link: str) -> tuple[Any, int | None]:
 
 
 def test_the_table_of_versions_is_translated() -> None:
-    def made(page: str) -> str:
-        return (REPOSITORY / "docs" / page).read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-
-    table = made("versions.md")
-    assert made("versions-zh-Hans.md") == table_in_chinese(table)
-    unused = [word for word in WORDS if word not in table]
+    english, chinese = (
+        table_of((REPOSITORY / "docs" / page).read_text(encoding="utf-8"))
+        for page in ("versions.md", "versions-zh-Hans.md")
+    )
+    assert chinese == table_in_chinese(english)
+    unused = [word for word in WORDS if word not in english]
     assert not unused, unused

@@ -26,15 +26,14 @@ from pathlib import Path
 
 import folders
 import torch
-from chinese import table_in_chinese
 from environments import NEWEST, PINS, environment_variables, make_newest, newest_versions
 from layout import CONTINUOUS_BATCHING, MODELS, TOKENIZER, TOKENIZERS
+from page_table import table_in_chinese, with_table
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 REPORT = HERE / "compatibility.md"
 PAGES = (REPOSITORY / "docs" / "versions.md", REPOSITORY / "docs" / "versions-zh-Hans.md")
-BEGIN, END = "<!-- made by make compat -->", "<!-- up to here -->"
 LOGS = REPOSITORY / ".build" / "compatibility"
 FAMILIES = {"internlm": "InternLM", "internlm2": "InternLM2"}
 CONVERTER = "converter"
@@ -232,15 +231,6 @@ def _errors_of(errors: Mapping[str, str], family: str, saver: str) -> list[str]:
     return [
         error for name, error in errors.items() if error and name.startswith(f"{family}_") and name.endswith(ending)
     ]
-
-
-def with_table(page: str, table: str) -> str:
-    """The page with `table` between the two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise ValueError(f"a page lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def render(tables: Sequence[Table]) -> str:

@@ -113,11 +113,11 @@ class _ToFloat16:
         self._bits, self._abnormal = np.empty(CHUNK, unsigned(source.itemsize)), np.empty(CHUNK, np.bool_)
         mantissa = 23 if source is FLOAT32 else 7
         self._cut = mantissa - 10
-        self._half = 1 << self._cut - 1 if self._cut > 0 else 0
+        half = 1 << self._cut - 1 if self._cut > 0 else 0  # of the last place
         self._sign_moves = 8 * (source.itemsize - 2)
         # the magnitudes that become normal are those from `first` on, `count` of them
         self._first = 127 - 14 << mantissa
-        self._count = (30 << mantissa) - self._half
+        self._count = (30 << mantissa) - half
 
     def __call__(self, source: Array, target: Array) -> None:
         bits, abnormal = self._bits[: len(source)], self._abnormal[: len(source)]
@@ -132,11 +132,8 @@ class _ToFloat16:
             target[others] = results
 
     def _normal(self, source: Array, bits: Array, target: Array) -> None:
-        if self._half:  # ties to even
-            np.right_shift(source, self._cut, out=bits)
-            np.bitwise_and(bits, 1, out=bits)
-            np.add(bits, source, out=bits)
-            np.add(bits, self._half - 1, out=bits)
+        if self._cut > 0:
+            _add_half(source, self._cut, bits)
             np.right_shift(bits, self._cut, out=target, casting="unsafe")
         else:
             np.left_shift(source, -self._cut, out=target)
@@ -198,16 +195,21 @@ def _by_way_of_float32(step: Step) -> Step:
     return cast
 
 
+def _add_half(source: Array, cut: int, out: Array) -> None:
+    """Writes what, with its lowest `cut` bits cut off, is the source rounded, ties to even."""
+    np.right_shift(source, cut, out=out)
+    np.bitwise_and(out, 1, out=out)
+    np.add(out, source, out=out)
+    np.add(out, (1 << cut - 1) - 1, out=out)
+
+
 class _Float32ToBfloat16:
     def __init__(self) -> None:
         self._bits = np.empty(CHUNK, np.uint32)
 
     def __call__(self, source: Array, target: Array) -> None:
         bits = self._bits[: len(source)]
-        np.right_shift(source, 16, out=bits)
-        np.bitwise_and(bits, 1, out=bits)
-        np.add(bits, source, out=bits)
-        np.add(bits, 0x7FFF, out=bits)
+        _add_half(source, 16, bits)
         np.right_shift(bits, 16, out=target, dtype=np.uint32, casting="unsafe")
         for nan in _where_nan(source, bits):
             np.copyto(target, 0x7FC0, where=nan)

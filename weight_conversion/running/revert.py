@@ -294,8 +294,9 @@ def _second_names(source: _Source, run: Run) -> dict[str, str]:
 def _shard_specs(source: _Source, run: Run) -> dict[tuple[int, int], list[TensorSpec]]:
     """The tensors of each file, by (stage, number of the member); ConversionError where the ranks cannot share them."""
     rows_of_vocabulary = (source.shape.vocab_size, source.shape.hidden_size)
-    for entry, _ in sorted(source.fulls, key=lambda match: match[0].hf_shapes[0] == rows_of_vocabulary):
-        part_shapes(entry, run.grid, source.shape)  # the vocabulary last, as it alone can be enlarged
+    for entry, _ in source.fulls:
+        if entry.layer == 0 and entry.hf_shapes[0] != rows_of_vocabulary:  # which is last, as it alone can be enlarged
+            part_shapes(entry, run.grid, source.shape)
     specs: dict[tuple[int, int], list[TensorSpec]] = {place: [] for place in run.grid.places()}
     for entry, fulls in source.fulls:
         place = run.numbering.place_of(entry.layer)

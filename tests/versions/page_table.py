@@ -1,6 +1,8 @@
-"""The words of compatibility.py's table in Chinese, for docs/versions-zh-Hans.md."""
+"""compatibility.py's table in docs/versions.md and, in Chinese, in docs/versions-zh-Hans.md."""
 
 from __future__ import annotations
+
+BEGIN, END = "<!-- made by make compat -->", "<!-- up to here -->"
 
 WORDS = {
     "on a folder as published": "在与已发布的相同的文件夹上",
@@ -23,6 +25,20 @@ WORDS = {
     "otherwise, so it was not tried. Use generate there.": "transformers 5.4 之前的分页缓存会占用全部内存，"
     "设置中也无法限制，因此没有尝试。请在这些版本上使用 generate。",
 }
+
+
+def with_table(page: str, table: str) -> str:
+    """The page with `table` between the two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"a page lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def table_of(page: str) -> str:
+    """The table of a page."""
+    return page.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def table_in_chinese(table: str) -> str:
