@@ -157,7 +157,8 @@ class Publication:
                 ) from error
         else:
             self._probe.rename(self.target)
-        shutil.rmtree(self._probe)
+        (self._probe / MARK).unlink()  # not rmtree, whose errors name the file without its folder
+        self._probe.rmdir()
 
     def _publish(self) -> None:
         for path in [*self.folder.rglob("*"), self.folder]:
