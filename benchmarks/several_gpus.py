@@ -10,9 +10,12 @@ a model of the 7B shape with random weights, and loads it in float16 in three pr
     device_map    device_map="auto", with a limit for each GPU that spreads the layers over both: one works at a time
     tp_plan       torchrun --nproc-per-node 2, tp_plan="auto", NCCL: every GPU holds half of every layer
 
-Each gives the logits of a prompt and greedy tokens, which are compared with one GPU's, and times of prefilling and of
-decoding with a dynamic cache (medians after a round that warms up). The floor is one GPU's, from the bytes and
-operations counted in `model_speed.py`; two GPUs that share every layer could reach half of it.
+Each gives the logits of a prompt and greedy tokens, which are compared with one GPU's, and times of prefilling, of
+decoding with a dynamic cache, and of `generate()` with a static cache, which compiles the step (with sdpa; not with
+device_map): as it does by itself, and unguarded, without looking before every step whether modules and parameters are
+those that were compiled. Medians after a round that warms up. Steps of generate() are profiled once
+(`step_profile.py`). The floor is one GPU's, from the bytes and operations counted in `model_speed.py`; two GPUs that
+share every layer could reach half of it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,8 @@ import torch.distributed as dist
 import transformers
 from model_speed import (
     DECODE_STEPS,
+    GENERATE,
+    GENERATED,
     GIB,
     NAMES,
     SHAPES,
@@ -43,9 +50,12 @@ from model_speed import (
     build,
     chosen_shape,
     decode,
+    generate,
     prefill,
     random_tokens,
 )
+from step_profile import StepProfile, profile_steps
+from transformers import CompileConfig
 from transformers.utils import is_flash_attn_2_available
 
 from internlm2_model import InternLM2ForCausalLM
@@ -55,6 +65,19 @@ MODELS: dict[str, Any] = {"internlm": InternLMForCausalLM, "internlm2": InternLM
 WAYS = ("one GPU", "device_map", "tp_plan")
 LENGTHS, BATCHES, CONTEXT = (2048, 8192), (1, 8, 32), 512
 PROMPT, NEW_TOKENS = 256, 32
+PASSES = ("prefill", "decode", "generate", "unguarded")
+COMPILED: dict[str, Callable[[], dict[str, Any]]] = {
+    "generate": GENERATE["static cache"],
+    "unguarded generate": lambda: {"cache_implementation": "static", "compile_config": unguarded()},
+}
+"""With a static cache, what generate() is asked for."""
+
+
+def unguarded() -> CompileConfig:
+    """What generate() compiles with by itself, less the guards on modules: they cost 4 ms a step with tp_plan."""
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options = {"triton.cudagraphs": True, "guard_filter_fn": skip}
+    return CompileConfig(mode=None, options=options)  # type: ignore[arg-type] # torch takes no options beside a mode
 
 
 def load(family: str, folder: str, way: str, backend: str) -> Any:
@@ -81,7 +104,23 @@ def passes(shape: Shape) -> dict[str, tuple[Any, Work]]:
         f"decode, batch {n}": (partial(decode, batch=n, context=CONTEXT), shape.decode(n, CONTEXT + DECODE_STEPS // 2))
         for n in BATCHES
     }
-    return {**prefills, **decodes}
+    step = shape.decode(1, CONTEXT + GENERATED // 2)
+    compiled = {name: (partial(generate, batch=1, context=CONTEXT, **how()), step) for name, how in COMPILED.items()}
+    return {**prefills, **decodes, **compiled}
+
+
+def chosen_passes(shape: Shape, arguments: argparse.Namespace) -> dict[str, tuple[Any, Work]]:
+    return {name: timed for name, timed in passes(shape).items() if name.split()[0].strip(",") in arguments.passes}
+
+
+def chosen_ways(arguments: argparse.Namespace) -> list[str]:
+    """A graph is of one GPU: with device_map generate() compiles none."""
+    return [way for way in WAYS if way != "device_map" or {"prefill", "decode"} & set(arguments.passes)]
+
+
+def profiled(model: Any, how: dict[str, Any]) -> StepProfile:
+    """A step of generate(), already compiled."""
+    return profile_steps(model, random_tokens(1, CONTEXT), max_new_tokens=GENERATED, do_sample=False, **how)
 
 
 @torch.no_grad()
@@ -95,9 +134,20 @@ def work(arguments: argparse.Namespace, shape: Shape) -> None:
     ids = random_tokens(1, PROMPT)
     logits = model(ids).logits
     generated = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-    times = {}
-    for name, (run, _) in passes(shape).items():
+    model.generation_config.eos_token_id = None  # every call that is timed makes the same number of tokens
+    model.generation_config.pad_token_id = 0
+    times: dict[str, float | None] = {}
+    steps = {}
+    for name, (run, _) in chosen_passes(shape, arguments).items():
+        if name in COMPILED:
+            if arguments.way == "device_map":
+                times[name] = None
+                continue
+            torch.compiler.reset()
+            model.config._attn_implementation = "sdpa"  # FlashAttention reads all slots of a static cache
         times[name] = statistics.median([run(model) for _ in range(arguments.rounds + 1)][1:])
+        if name in COMPILED:
+            steps[name] = asdict(profiled(model, COMPILED[name]()))
     peaks = [torch.cuda.max_memory_allocated(device) / GIB for device in range(torch.cuda.device_count())]
     if arguments.way == "tp_plan":  # each process sees its own memory alone
         everybodys: list[list[float]] = [[] for _ in peaks]
@@ -105,12 +155,14 @@ def work(arguments: argparse.Namespace, shape: Shape) -> None:
         peaks = [peak[rank] for rank, peak in enumerate(everybodys)]
     if arguments.way != "tp_plan" or dist.get_rank() == 0:
         placed = Counter(str(parameter.device) for parameter in model.parameters())
-        said = {"times": times, "split": split_layers(model), "placed": placed, "peak": peaks}
+        said = {"times": times, "split": split_layers(model), "placed": placed, "peak": peaks, "steps": steps}
         (Path(arguments.out) / "said.json").write_text(json.dumps(said))
         torch.save((logits.float().cpu(), generated.cpu()), Path(arguments.out) / "tensors.pt")
     if arguments.way == "tp_plan":
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # an orderly end waits for ever: NCCL's communicator is held by the recorded graphs
 
 
 def run_way(way: str, family: str, folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -120,6 +172,7 @@ def run_way(way: str, family: str, folder: Path, arguments: argparse.Namespace) 
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if way == "tp_plan" else []
     command = [sys.executable, *launcher, __file__, "--families", family, "--rounds", str(arguments.rounds)]
     command += ["--backend", arguments.backend, "--way", way, "--folder", str(folder / "model"), "--out", str(out)]
+    command += ["--passes", *arguments.passes]
     if arguments.layers:
         command += ["--layers", str(arguments.layers)]
     subprocess.run(command, check=True)
@@ -134,7 +187,11 @@ def compare(family: str, shape: Shape, arguments: argparse.Namespace, ceilings: 
         model.save_pretrained(folder / "model")
         del model
         torch.cuda.empty_cache()
-        results = {way: run_way(way, family, folder, arguments) for way in WAYS}
+        results = {}
+        ways = chosen_ways(arguments)
+        for way in ways:
+            results[way] = run_way(way, family, folder, arguments)
+            print(way, results[way][0]["times"], file=sys.stderr, flush=True)
     logits, generated = results["one GPU"][1]
     print(f"### {NAMES[family]}, {arguments.backend}, {shape}\n")
     print("| way | parameters on | layers split | error of logits | same greedy tokens | peak GiB |")
@@ -145,12 +202,31 @@ def compare(family: str, shape: Shape, arguments: argparse.Namespace, ceilings: 
         same = int((tokens == generated)[:, PROMPT:].sum())
         peak = ", ".join(f"{value:.2f}" for value in said["peak"])
         print(f"| {way} | {placed} | {said['split']} | {error:.2e} | {same} of {NEW_TOKENS} | {peak} |")
-    print("\n| ms | floor of one | " + " | ".join(WAYS) + " | tp_plan, speed |\n| --- " + "| --: " * 5 + "|")
-    for name, (_, amount) in passes(shape).items():
-        times = [results[way][0]["times"][name] for way in WAYS]
-        cells = " | ".join(f"{time:.2f}" for time in (ceilings.floor(amount), *times))
-        print(f"| {name} | {cells} | {times[0] / times[2]:.2f} x |")
+    print(
+        "\n| ms | floor of one | " + " | ".join(ways) + " | tp_plan, speed |\n| --- " + "| --: " * (len(ways) + 2) + "|"
+    )
+    for name, (_, amount) in chosen_passes(shape, arguments).items():
+        times = [results[way][0]["times"][name] for way in ways]
+        cells = " | ".join("" if time is None else f"{time:.2f}" for time in (ceilings.floor(amount), *times))
+        print(f"| {name} | {cells} | {times[0] / times[-1]:.2f} x |")
+    for name in COMPILED:
+        profiles = {way: said["steps"][name] for way, (said, _) in results.items() if name in said["steps"]}
+        if profiles:
+            print(f"\nA step of {name}, static cache:")
+            print_profiles(profiles)
     print(flush=True)
+
+
+def print_profiles(profiles: dict[str, dict[str, Any]]) -> None:
+    """Steps by kind of kernel, and the kernels that take most."""
+    print("\n| ms a step (kernels) | " + " | ".join(profiles) + " |\n| --- " + "| --: " * len(profiles) + "|")
+    for name in ("wall", "busy"):
+        print(f"| {name}, profiled | " + " | ".join(f"{profile[name]:.2f}" for profile in profiles.values()) + " |")
+    for kind in dict.fromkeys(kind for profile in profiles.values() for kind in profile["times"]):
+        cells = (f"{p['times'].get(kind, 0):.2f} ({p['counts'].get(kind, 0):.0f})" for p in profiles.values())
+        print(f"| {kind} | " + " | ".join(cells) + " |")
+    for way, profile in profiles.items():
+        print(f"\n{way}:", *(f"  {time:.3f} ms {name[:110]}" for name, time in profile["longest"]), sep="\n")
 
 
 def main() -> None:
@@ -159,6 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer layers than the real shape, for a trial")
     parser.add_argument("--backend", default="flash_attention_2" if is_flash_attn_2_available() else "sdpa")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--folder", help="where the checkpoint is made: 16 GB")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # of a process that this program starts
     parser.add_argument("--out", help=argparse.SUPPRESS)

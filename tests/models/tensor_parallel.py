@@ -34,7 +34,7 @@ def main(name: str, folder: str, out: str) -> None:
         logits = model(ids).logits
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     generated = model.generate(ids, **settings)
-    compiling = CompileConfig(backend="aot_eager")
+    compiling = CompileConfig() if on_gpus else CompileConfig(backend="aot_eager")
     compiling._compile_all_devices = True  # the CPU, too
     compiled = model.generate(ids, **settings, cache_implementation="static", compile_config=compiling)
     weight = model.get_input_embeddings().weight
