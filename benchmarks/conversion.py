@@ -16,7 +16,8 @@ free memory is filled with cached pages, as on a machine that has run for a whil
 Without that, memory that a virtual machine has given back to its host must be got again page by page, which can
 triple the time of any command, `cp` included, and hits whichever runs a few seconds after a deletion. The floor is one
 read and one write of the bytes; a run's ratio to `cp`, start-up included, says how close it comes. Medians are printed
-with the range, and the peak of anonymous and of all resident memory, sampled from /proc while the command runs.
+with the range, and the peak of anonymous and of all resident memory of the command and its children, sampled from /proc
+while it runs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,16 +157,32 @@ def measure(command: list[str], series: Series) -> None:
 
 
 def _sample_memory(process: subprocess.Popen[bytes], series: Series) -> None:
-    status = Path(f"/proc/{process.pid}/status")
+    """The peaks of a process and its children together; a page that they share is counted once."""
     while process.poll() is None:
-        try:
-            lines = status.read_text().splitlines()
-        except OSError:
-            return
-        found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmHWM"))}
-        series.anonymous = max(series.anonymous, found.get("RssAnon", 0))
-        series.resident = max(series.resident, found.get("VmHWM", 0))
+        found = [_memory(pid) for pid in _family(process.pid)]
+        series.anonymous = max(series.anonymous, sum(one.get("Pss_Anon", 0) for one in found))
+        series.resident = max(series.resident, sum(one.get("Pss", 0) for one in found))
         time.sleep(0.005)
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """What /proc says of the memory of a process, in kB; nothing of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return {}
+    return {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and what it has started."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from _family(int(child))
 
 
 PLAIN = """

@@ -91,7 +91,7 @@ def contenders(model: Path, folder: Path) -> dict[str, Any]:
     """Return the slow and the fast tokenizer as the converter writes them, and Llama's, by name."""
     family = FAMILIES["internlm2"]
     copy_code(code_files(family.code, family.model_type), folder)
-    Tokenizer.read(model).write(folder, family.tokenizer, chat=False)
+    Tokenizer.read(model).files(family.tokenizer, chat=False).write(folder)
     llama = llama_tokenizer(model, folder / "tokenizer.json")
     return {
         "InternLM2TokenizerFast (AutoTokenizer)": AutoTokenizer.from_pretrained(folder, trust_remote_code=True),

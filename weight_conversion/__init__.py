@@ -24,7 +24,9 @@ What flows through, for either direction:
                 training_settings  what model_config.pt may say
     tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,
                                    tokenizer_json makes the fast form, chat_templates the template
+                specs, prepared    what is said of each family's; what a conversion gets of one
     running/    convert, revert    the two directions, as the scripts call them
+                meanwhile          what another process does meanwhile: the tokenizer's files
                 understanding      a training checkpoint as its family reads it, for both
                 publishing         a hidden folder beside the target that becomes the target when it is complete
                 reporting          progress, warnings and the last line

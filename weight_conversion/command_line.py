@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -276,28 +277,34 @@ def run_convert(family: str, arguments: argparse.Namespace) -> int:
     """Converts as the user asked; the exit status."""
 
     def action() -> None:
-        from .files.dtypes import BY_NAME
         from .mapping.families import FAMILIES
-        from .running.convert import ConvertRequest, convert
-        from .running.reporting import Reporter
+        from .running.meanwhile import Meanwhile
+        from .tokenizer.prepared import prepare_tokenizer
 
-        request = ConvertRequest(
-            source=arguments.src,
-            target=arguments.tgt,
-            tokenizer=arguments.tokenizer,
-            format=arguments.format,
-            dtype=BY_NAME[arguments.dtype],
-            max_shard=arguments.max_shard,
-            max_position_embeddings=arguments.max_pos,
-            dynamic_factor=arguments.scaling_factor if arguments.rotary_type == "dynamic" else None,
-            version=getattr(arguments, "version", None),
-            config=arguments.config,
-            norm_head=arguments.norm_head,
-            chat=arguments.chat,
-            force=arguments.force,
-            verify=arguments.verify,
-        )
-        convert(FAMILIES[family], request, Reporter())
+        spec = FAMILIES[family].forms[arguments.format].tokenizer
+        prepare = partial(prepare_tokenizer, arguments.tokenizer, spec, arguments.chat)
+        with Meanwhile(prepare) as tokenizer:  # before numpy is imported, which starts threads
+            from .files.dtypes import BY_NAME
+            from .running.convert import ConvertRequest, convert
+            from .running.reporting import Reporter
+
+            request = ConvertRequest(
+                source=arguments.src,
+                target=arguments.tgt,
+                tokenizer=arguments.tokenizer,
+                format=arguments.format,
+                dtype=BY_NAME[arguments.dtype],
+                max_shard=arguments.max_shard,
+                max_position_embeddings=arguments.max_pos,
+                dynamic_factor=arguments.scaling_factor if arguments.rotary_type == "dynamic" else None,
+                version=getattr(arguments, "version", None),
+                config=arguments.config,
+                norm_head=arguments.norm_head,
+                chat=arguments.chat,
+                force=arguments.force,
+                verify=arguments.verify,
+            )
+            convert(FAMILIES[family], request, tokenizer, Reporter())
 
     return _status(action, ADVICE | ADVICE_TO_CONVERT)
 

@@ -16,12 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 from tests.support.model_families import FAMILIES, Family
 from tests.support.tokenizer_fixture import train_tokenizer
-from weight_conversion.tokenizer.tokenizer_files import (
-    INTERNLM2_TOKENIZER,
-    INTERNLM_TOKENIZER,
-    Tokenizer,
-    TokenizerSpec,
-)
+from weight_conversion.tokenizer.specs import INTERNLM2_TOKENIZER, INTERNLM_TOKENIZER, TokenizerSpec
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 
 SPECS = {"internlm": INTERNLM_TOKENIZER, "internlm2": INTERNLM2_TOKENIZER}
 END_OF_TURN = {"internlm": "<eoa>", "internlm2": "<|im_end|>"}
@@ -77,7 +73,7 @@ def speaker(family: Family, folder: Path, chat: bool, fast: bool) -> Speaker:
     spec, model_file = small_spec(family, folder / "trained.model") if chat else (SPECS[str(family)], folder / "m")
     if not chat:
         train_tokenizer(model_file, 400)
-    assert Tokenizer.read(model_file).write(folder, spec, chat) == []
+    assert Tokenizer.read(model_file).files(spec, chat).write(folder) == ()
     cls = PreTrainedTokenizerFast if fast else family.cls("Tokenizer")
     tokenizer = cls.from_pretrained(folder)
     torch.manual_seed(0)

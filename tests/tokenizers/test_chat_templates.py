@@ -11,12 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.tokenizer_fixture import train_tokenizer
-from weight_conversion.tokenizer.tokenizer_files import (
-    INTERNLM2_TOKENIZER,
-    INTERNLM_TOKENIZER,
-    Tokenizer,
-    TokenizerSpec,
-)
+from weight_conversion.tokenizer.specs import INTERNLM2_TOKENIZER, INTERNLM_TOKENIZER, TokenizerSpec
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 
 SPECS = {"internlm": INTERNLM_TOKENIZER, "internlm2": INTERNLM2_TOKENIZER}
 END = {"internlm": "<eoa>", "internlm2": "<|im_end|>"}
@@ -37,7 +33,7 @@ def small_spec(family: str, model: Path) -> tuple[TokenizerSpec, Path]:
 
 def small_tokenizer(family: str, folder: Path) -> Any:
     spec, model = small_spec(family, folder / "trained.model")
-    assert Tokenizer.read(model).write(folder, spec, chat=True) == []
+    assert Tokenizer.read(model).files(spec, chat=True).write(folder) == ()
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

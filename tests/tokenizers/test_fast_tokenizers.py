@@ -40,7 +40,7 @@ def folder(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small chat tokenizer as converted."""
     folder = tmp_path_factory.mktemp("chat")
     spec, model = small_spec(str(family), folder / "trained.model")
-    assert Tokenizer.read(model).write(folder, spec, chat=True) == []
+    assert Tokenizer.read(model).files(spec, chat=True).write(folder) == ()
     return with_code(family, folder)
 
 
@@ -171,7 +171,7 @@ def test_offsets_where_the_name_is_replaced_as_text(family: Family, folder: Path
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_offsets_cover_every_character_of_the_recorded_texts(family: Family, tmp_path: Path, chat: bool) -> None:
-    Tokenizer.read(real_model(str(family))).write(tmp_path, SPECS[str(family)], chat)
+    Tokenizer.read(real_model(str(family))).files(SPECS[str(family)], chat).write(tmp_path)
     tokenizer = family.cls("TokenizerFast").from_pretrained(tmp_path)
     cases = golden_cases(str(family))
     if chat and str(family) == "internlm2":  # the chat tokens change the ids of these texts

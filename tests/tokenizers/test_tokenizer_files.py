@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,10 @@ from tests.support.model_families import FAMILIES, Family
 from tests.support.real_tokenizers import golden_cases, real_model
 from tests.support.tokenizer_fixture import NORMAL, USER_DEFINED, append_pieces, train_tokenizer
 from weight_conversion.errors import ConversionError
-from weight_conversion.tokenizer import tokenizer_files, tokenizer_json
+from weight_conversion.tokenizer import sentencepiece_model, tokenizer_files, tokenizer_json
 from weight_conversion.tokenizer.sentencepiece_model import Kind, Piece, SentencePieceModel
-from weight_conversion.tokenizer.tokenizer_files import (
-    INTERNLM2_TOKENIZER,
-    INTERNLM_TOKENIZER,
-    Tokenizer,
-    TokenizerSpec,
-)
+from weight_conversion.tokenizer.specs import INTERNLM2_TOKENIZER, INTERNLM_TOKENIZER, TokenizerSpec
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 from weight_conversion.tokenizer.tokenizer_json import (
     COMPARED,
     SpecialTokens,
@@ -81,7 +79,7 @@ def chat_folder(family: Family, full_size: Path, tmp_path_factory: pytest.TempPa
 def written(model: Path, folder: Path, spec: TokenizerSpec = INTERNLM2_TOKENIZER, chat: bool = False) -> Path:
     """Write the files and return the folder; a warning fails the test."""
     folder.mkdir(exist_ok=True)
-    assert Tokenizer.read(model).write(folder, spec, chat) == []
+    assert Tokenizer.read(model).files(spec, chat).write(folder) == ()
     return folder
 
 
@@ -102,12 +100,67 @@ def test_added_tokens_of_a_folder_are_told(family: Family, spec: TokenizerSpec, 
     tokenizer.add_tokens(["<b>", "<a>"])
     tokenizer.save_pretrained(tmp_path / "added")
     (tmp_path / "new").mkdir()
-    (warning,) = Tokenizer.read(tmp_path / "added").write(tmp_path / "new", spec, chat=False)
+    (warning,) = Tokenizer.read(tmp_path / "added").files(spec, chat=False).write(tmp_path / "new")
     assert f"that {tmp_path / 'added'} adds" in warning
     assert "'<b>', '<a>'." in warning
     again = family.cls("Tokenizer").from_pretrained(tmp_path / "new")
     again.add_tokens(["<b>", "<a>"])
     assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def encoded(number: int) -> bytes:
+    """A varint of protobuf."""
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + encoded(rest) if rest else bytes([low])
+
+
+LAYOUTS: dict[str, Callable[[bytes, bytes, bytes], bytes]] = {
+    "as the trainer writes": lambda text, score, kind: text + score + kind,
+    "kind first": lambda text, score, kind: kind + text + score,
+    "score first": lambda text, score, kind: score + text + kind,
+    "with a field that nobody knows": lambda text, score, kind: text + score + kind + b"\x7a\x03abc",
+}
+PIECES = st.lists(
+    st.tuples(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+        st.floats(width=32, allow_nan=False),
+        st.sampled_from(Kind),
+        st.sampled_from(sorted(LAYOUTS)),
+    ),
+    max_size=20,
+)
+
+
+@given(PIECES)
+def test_pieces_are_read_in_whatever_way_they_are_written(pieces: list[tuple[str, float, Kind, str]]) -> None:
+    data = bytearray()
+    for text, score, kind, layout in pieces:
+        said = b"" if kind is Kind.NORMAL else b"\x18" + bytes([kind])
+        body = LAYOUTS[layout](
+            b"\x0a" + encoded(len(text.encode())) + text.encode(), b"\x15" + struct.pack("<f", score), said
+        )
+        data += b"\x0a" + encoded(len(body)) + body
+    found, trainer, normalizer = sentencepiece_model._contents(bytes(data) + b"\x12\x02\x18\x02" + b"\x1a\x02\x18\x00")
+    assert found.texts == [text for text, *_ in pieces]
+    assert list(struct.unpack(f"<{len(pieces)}f", found.scores)) == [score for _, score, *_ in pieces]
+    assert found.kinds == [kind for *_, kind, _ in pieces]
+    assert (trainer, normalizer) == ({3: 2}, {3: 0})
+
+
+def test_pieces_of_an_odd_order_are_merged_by_their_score(model: Path) -> None:
+    """Scores that do not descend with the ids, as of a model whose pieces somebody has put in another order."""
+    read = SentencePieceModel.read(model)
+    ordinary = read.ids_of(Kind.NORMAL)
+    other = list(read.scores)
+    for index, score in zip(ordinary, [read.scores[index] for index in reversed(ordinary)], strict=True):
+        other[index] = score
+    merges = json.loads(tokenizer_json.tokenizer_json(replace(read, scores=other), BASE_TOKENS))["model"]["merges"]
+    before = json.loads(tokenizer_json.tokenizer_json(read, BASE_TOKENS))["model"]["merges"]
+    assert sorted(merges) == sorted(before)
+    made = [merge.replace(" ", "") for merge in merges]
+    ranks = [other[read.texts.index(piece)] for piece in made]
+    assert ranks == sorted(ranks, reverse=True)
+    assert merges != before
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"added_tokens_decoder": {"x": {}}}', b"\xff"])
@@ -287,7 +340,7 @@ def test_a_character_without_a_use_is_not_matched(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_front", [False, True])
 def test_readers_are_told_whether_a_space_goes_in_front(tmp_path: Path, spec: TokenizerSpec, in_front: bool) -> None:
     model = train_tokenizer(tmp_path / "other.model", space_in_front=in_front)
-    Tokenizer.read(model).write(tmp_path, spec, chat=False)
+    Tokenizer.read(model).files(spec, chat=False).write(tmp_path)
     assert read_json(tmp_path / "tokenizer_config.json")["add_prefix_space"] is in_front
 
 
@@ -390,7 +443,7 @@ def test_a_wrong_tokenizer_json_is_left_out(model: Path, tmp_path: Path, monkeyp
         return json.dumps(content).encode()
 
     monkeypatch.setattr(tokenizer_files, "tokenizer_json", wrong)
-    (warning,) = Tokenizer.read(model).write(tmp_path, INTERNLM2_TOKENIZER, chat=False)
+    (warning,) = Tokenizer.read(model).files(INTERNLM2_TOKENIZER, chat=False).write(tmp_path)
     assert "tokenizer.json was left out, because the text" in warning
     assert not (tmp_path / "tokenizer.json").exists()
     assert (tmp_path / "tokenizer.model").is_file()
@@ -410,7 +463,7 @@ def test_only_what_was_compared_before_is_not_compared(model: Path, monkeypatch:
 def test_a_model_with_an_odd_piece_has_no_fast_form(tmp_path: Path) -> None:
     """SentencePiece never matches a user-defined piece with a space, an added token would be matched."""
     path = train_tokenizer(tmp_path / "odd.model", user_defined_symbols=["a  z"])
-    (warning,) = Tokenizer.read(path).write(tmp_path, INTERNLM2_TOKENIZER, chat=False)
+    (warning,) = Tokenizer.read(path).files(INTERNLM2_TOKENIZER, chat=False).write(tmp_path)
     assert "'a  z' becomes other ids" in warning
 
 
@@ -441,7 +494,7 @@ def test_models_without_a_fast_form_work_slowly(
         minloglevel=2,
         **(defaults | arguments),
     )
-    (warning,) = Tokenizer.read(tmp_path / "other.model").write(tmp_path, spec, chat=False)
+    (warning,) = Tokenizer.read(tmp_path / "other.model").files(spec, chat=False).write(tmp_path)
     assert reason in warning
     assert not (tmp_path / "tokenizer.json").exists()
     assert read_json(tmp_path / "tokenizer_config.json")["auto_map"]["AutoTokenizer"][1] is None

@@ -44,7 +44,7 @@ def write_golden(root: Path) -> None:
                 folder.mkdir()
                 _write_golden_model(folder, family, golden, name)
                 copy_code(code_files(family.code, family.model_type), folder)
-                tokenizer.write(folder, family.tokenizer, chat=False)
+                tokenizer.files(family.tokenizer, chat=False).write(folder)
 
 
 def _write_golden_model(folder: Path, family: Family, golden: Golden, name: str) -> None:

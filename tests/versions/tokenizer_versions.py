@@ -24,7 +24,8 @@ from tests.support.real_tokenizers import SHARED
 from weight_conversion.folders.hf_folder import code_files, copy_code
 from weight_conversion.mapping.families import FAMILIES
 from weight_conversion.tokenizer.sentencepiece_model import SentencePieceModel
-from weight_conversion.tokenizer.tokenizer_files import Tokenizer, TokenizerSpec
+from weight_conversion.tokenizer.specs import TokenizerSpec
+from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 from weight_conversion.tokenizer.tokenizer_json import SlowTokenizer, SpecialTokens
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +59,7 @@ def write_folder(folder: Path, family: Any, chat: bool) -> None:
     """Write what a converted model's folder holds beside its weights, and the cases to try on it."""
     folder.mkdir()
     copy_code(code_files(family.code, family.model_type), folder)
-    warnings = Tokenizer.read(_model_file(family)).write(folder, family.tokenizer, chat)
+    warnings = Tokenizer.read(_model_file(family)).files(family.tokenizer, chat).write(folder)
     if warnings:
         raise RuntimeError(warnings[0])
     config = {

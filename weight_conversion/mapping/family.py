@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ConversionError, shown
 from ..folders.grid import FileNames, Grid, Group
 from ..folders.internevo_folder import WORD_EMBEDDINGS, TrainingCheckpoint
-from ..tokenizer.tokenizer_files import TokenizerSpec
+from ..tokenizer.specs import TokenizerSpec
 from . import llama
 from .form import Form, Rope, check_computation, check_settings
 from .rules import (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
-from ..tokenizer.tokenizer_files import TokenizerSpec
+from ..tokenizer.specs import TokenizerSpec
 from .rules import ModelShape
 from .table import Table
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConversionError, UndecidedError, shown
 from ..folders.internevo_folder import TrainingCheckpoint
-from ..tokenizer.tokenizer_files import INTERNLM_TOKENIZER
+from ..tokenizer.specs import INTERNLM_TOKENIZER
 from .family import (
     BIAS,
     COMMON_CHOICES,

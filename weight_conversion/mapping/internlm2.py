@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..folders.internevo_folder import TrainingCheckpoint
-from ..tokenizer.tokenizer_files import INTERNLM2_TOKENIZER
+from ..tokenizer.specs import INTERNLM2_TOKENIZER
 from .family import (
     BIAS,
     COMMON_CHOICES,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
-from ..tokenizer.tokenizer_files import TokenizerSpec
+from ..tokenizer.specs import TokenizerSpec
 from .form import Form, Rope, check_computation, check_settings
 from .rules import ModelShape, Separate
 from .table import LAYER, Table

@@ -35,7 +35,8 @@ from ..mapping.form import Form, Rope
 from ..mapping.hf_settings import training_settings
 from ..mapping.matching import Match
 from ..mapping.rules import ModelShape
-from ..tokenizer.tokenizer_files import Tokenizer
+from ..tokenizer.prepared import TokenizerFacts, TokenizerFiles
+from .meanwhile import Meanwhile
 from .publishing import Publication
 from .reporting import Reporter
 from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, Understood, check_replicas, understood
@@ -76,7 +77,12 @@ class _Source(Understood):
     normalizes_head: bool
 
 
-def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None:
+def convert(
+    family: Family,
+    request: ConvertRequest,
+    tokenizer: Meanwhile[TokenizerFacts, TokenizerFiles],
+    reporter: Reporter,
+) -> None:
     """Writes `request.target`; ConversionError, before anything is written, where the source cannot be converted."""
     publication = Publication(
         request.target, HUGGING_FACE, force=request.force, sources=(request.source,), warn=reporter.warn
@@ -84,18 +90,18 @@ def convert(family: Family, request: ConvertRequest, reporter: Reporter) -> None
     form = family.forms[request.format]
     modules = [] if form.code is None else code_files(form.code, form.model_type)
     source = _understand(family, form, request, reporter)
-    tokenizer = _checked_tokenizer(form, request, source.shape)
+    pieces = _checked_pieces(tokenizer, request, source.shape)
     if request.verify:
         verify_files(source.checkpoint)
     check_replicas(source)
     weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
     config = _config(form, request, source)
-    _warn(form, request, source, tokenizer, reporter)
+    _warn(form, request, source, pieces, reporter)
     with publication as folder, naming(folder):
         _write_weights(source, weights, request, reporter)
         copy_code(modules, folder)
-        for warning in tokenizer.write(folder, form.tokenizer, request.chat):
+        for warning in tokenizer.late().write(folder):
             reporter.warn(warning)
         write_json(folder / GENERATION_CONFIG, _generation_config(form, request.chat))
         if weights.index is not None:
@@ -157,19 +163,20 @@ def _normalizes_head(checkpoint: TrainingCheckpoint, request: ConvertRequest) ->
     return is_set and request.norm_head != RAW
 
 
-def _checked_tokenizer(form: Form, request: ConvertRequest, shape: ModelShape) -> Tokenizer:
+def _checked_pieces(
+    tokenizer: Meanwhile[TokenizerFacts, TokenizerFiles], request: ConvertRequest, shape: ModelShape
+) -> int:
+    """The number of the tokenizer's pieces."""
     with naming(request.tokenizer):
-        tokenizer = Tokenizer.read(request.tokenizer)
-    if tokenizer.vocab_size > shape.vocab_size:
+        facts = tokenizer.early()
+    if facts.vocab_size > shape.vocab_size:
         raise ConversionError(
-            f"{request.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary only {shape.vocab_size}. "
+            f"{request.tokenizer} has {facts.vocab_size} pieces, the model's vocabulary only {shape.vocab_size}. "
             "Pass the tokenizer that the model was trained with."
         )
-    if request.chat:
-        tokenizer.check_chat(form.tokenizer)
-    if form.code is None:
-        tokenizer.check_without_code(form.tokenizer, request.chat)
-    return tokenizer
+    if facts.refusal is not None:
+        raise ConversionError(facts.refusal)
+    return facts.vocab_size
 
 
 def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
@@ -177,10 +184,10 @@ def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
     return [TensorSpec(name, shape, dtype) for name, shape in named]
 
 
-def _warn(form: Form, request: ConvertRequest, source: _Source, tokenizer: Tokenizer, reporter: Reporter) -> None:
-    if source.shape.vocab_size - tokenizer.vocab_size >= PADDED_TO:
+def _warn(form: Form, request: ConvertRequest, source: _Source, pieces: int, reporter: Reporter) -> None:
+    if source.shape.vocab_size - pieces >= PADDED_TO:
         reporter.warn(
-            f"{request.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary {source.shape.vocab_size}: "
+            f"{request.tokenizer} has {pieces} pieces, the model's vocabulary {source.shape.vocab_size}: "
             "more rows are without a piece than padding adds. See that it is the tokenizer that the model was trained "
             "with."
         )

@@ -6,7 +6,8 @@ does not tell which pieces are user-defined, and its own message classes need th
 
 from __future__ import annotations
 
-import struct
+import ctypes
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,10 +76,8 @@ class SentencePieceModel:
             )
         data = path.read_bytes()
         try:
-            processor = _processor(data)
+            unused = _unused(data)  # first: the library gives back the memory that the pieces then take
             pieces, trainer, normalizer = _contents(data)
-            # The library itself sets pieces aside, such as the NUL character of a model that also has bytes.
-            unused = processor.is_unused(list(range(len(pieces.texts))))
         except Exception as error:  # a damaged model raises many kinds of errors
             raise ConversionError(
                 f"{path} is not a SentencePiece model ({len(data)} bytes); "
@@ -88,7 +87,7 @@ class SentencePieceModel:
             path=path,
             data=data,
             texts=pieces.texts,
-            scores=array("f", struct.unpack(f"<{len(unused)}f", pieces.scores)),
+            scores=_little_endian(pieces.scores),
             kinds=[Kind.UNUSED if is_unused else kind for kind, is_unused in zip(pieces.kinds, unused, strict=True)],
             is_bpe=trainer.get(_MODEL_TYPE) == _BPE,
             adds_prefix_space=bool(normalizer.get(_DUMMY_PREFIX, 1)),
@@ -123,6 +122,39 @@ def _processor(data: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
+def _unused(data: bytes) -> bytearray:
+    """Return for every id, whether its piece is set aside: in the file, or by the library itself.
+
+    It sets aside the NUL character of a model that also has bytes.
+    """
+    processor = _processor(data)
+    unused, count = bytearray(), processor.get_piece_size()
+    for start in range(0, count, _BATCH):  # lists of all ids, and of as many answers, take 4 MB
+        unused += bytearray(processor.is_unused(list(range(start, min(start + _BATCH, count)))))
+    del processor
+    _give_back_memory()
+    return unused
+
+
+_BATCH = 1000
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system where the C library is glibc, which keeps it otherwise: 8 MB of a processor."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _little_endian(data: bytearray) -> array[float]:
+    """Return the floats that lie in `data` as in a file."""
+    floats = array("f")
+    floats.frombytes(data)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return floats
+
+
 @dataclass
 class _Pieces:
     texts: list[str] = field(default_factory=list)
@@ -142,6 +174,29 @@ class _Pieces:
         self.scores += score
         self.kinds.append(kind)
 
+    def add_usual(self, data: bytes, at: int) -> int:
+        """Add the pieces that follow each other from byte `at` as the trainer writes them; return the byte after them.
+
+        0A size, 0A length text, 15 score, and 18 kind unless it is NORMAL, with sizes of one byte. Field by field, a
+        vocabulary takes three times as long.
+        """
+        end = len(data)
+        while at + 8 < end and data[at] == 0x0A and data[at + 2] == 0x0A:
+            size, length = data[at + 1], data[at + 3]
+            score, following = at + 5 + length, at + 2 + size
+            if size > 0x7F or following > end or following < score + 4 or data[score - 1] != 0x15:
+                break
+            kind = Kind.NORMAL
+            if following == score + 6 and data[score + 4] == 0x18:
+                kind = _KINDS[data[score + 5]]
+            elif following != score + 4:
+                break
+            self.texts.append(data[at + 4 : score - 1].decode())
+            self.scores += data[score : score + 4]
+            self.kinds.append(kind)
+            at = following
+        return at
+
 
 _KINDS = {int(kind): kind for kind in Kind}
 
@@ -150,7 +205,9 @@ def _contents(data: bytes) -> tuple[_Pieces, dict[int, Any], dict[int, Any]]:
     """Return the pieces, and the fields of the trainer and of the normalizer."""
     pieces = _Pieces()
     groups: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
-    for number, value in _fields(data):
+    at = 0
+    while (at := pieces.add_usual(data, at)) < len(data):
+        number, value, at = _field(data, at)
         if number == _PIECES:
             pieces.add(value)
         elif number in groups:
@@ -160,28 +217,28 @@ def _contents(data: bytes) -> tuple[_Pieces, dict[int, Any], dict[int, Any]]:
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (field number, value) of a protobuf message: an int for a varint, else the bytes of the value."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = message[at], at + 1
-        if tag & 0x80:
-            tag, at = _varint(message, at - 1)
-        wire_type = tag & 7
-        if wire_type == 0:
-            value, at = _varint(message, at)
-            yield tag >> 3, value
-            continue
-        if wire_type == 2:
-            size, at = message[at], at + 1
-            if size & 0x80:  # most are of one byte, and a call takes longer than all the rest
-                size, at = _varint(message, at - 1)
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"Wire type {wire_type} at byte {at} is not one of protobuf's.")
-        if at + size > end:
-            raise ValueError(f"A field of {size} bytes at byte {at} runs past the end, {end}.")
-        yield tag >> 3, message[at : at + size]
-        at += size
+    at = 0
+    while at < len(message):
+        number, value, at = _field(message, at)
+        yield number, value
+
+
+def _field(message: bytes, at: int) -> tuple[int, Any, int]:
+    """Return number and value of the field that starts at byte `at`, and the byte after it."""
+    tag, at = _varint(message, at)
+    wire_type = tag & 7
+    if wire_type == 0:
+        value, at = _varint(message, at)
+        return tag >> 3, value, at
+    if wire_type == 2:
+        size, at = _varint(message, at)
+    elif wire_type in (1, 5):
+        size = 8 if wire_type == 1 else 4
+    else:
+        raise ValueError(f"Wire type {wire_type} at byte {at} is not one of protobuf's.")
+    if at + size > len(message):
+        raise ValueError(f"A field of {size} bytes at byte {at} runs past the end, {len(message)}.")
+    return tag >> 3, message[at : at + size], at + size
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -18,71 +18,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
-from .chat_templates import INTERNLM2_CHAT_TEMPLATE, INTERNLM_CHAT_TEMPLATE
+from .prepared import TokenizerFiles
 from .sentencepiece_model import Kind, Piece, SentencePieceModel
+from .specs import TokenizerSpec
 from .tokenizer_json import SpecialTokens, difference, obstacle, tokenizer_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 _NO_LIMIT = int(1e30)  # transformers' way to say that the tokenizer sets no length
-
-
-@dataclass(frozen=True)
-class ChatToken:
-    """A special token of a chat model, on the id of a piece that pretraining left unused."""
-
-    content: str
-    id: int
-    piece: str
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """What the tokenizer files say about one family."""
-
-    class_name: str
-    module: str | None
-    """The module beside the weights that has the class; None where transformers has it."""
-    chat_tokens: tuple[ChatToken, ...]
-    end_of_turn: str
-    chat_template: str
-
-    def eos_token_ids(self, chat: bool) -> int | list[int]:
-        """Return `eos_token_id` of generation_config.json: `</s>`, and with chat the end of a turn as well."""
-        ends = [token.id for token in self.chat_tokens if token.content == self.end_of_turn]
-        return [2, *ends] if chat else 2
-
-    def without_code(self) -> TokenizerSpec:
-        """The same tokenizer as a class of transformers, which reads tokenizer.json."""
-        return replace(self, class_name="PreTrainedTokenizerFast", module=None)
-
-
-INTERNLM_TOKENIZER = TokenizerSpec(
-    class_name="InternLMTokenizer",
-    module="tokenization_internlm",
-    chat_tokens=(ChatToken("<eoh>", 103027, "<eoh>"), ChatToken("<eoa>", 103028, "<eoa>")),
-    end_of_turn="<eoa>",
-    chat_template=INTERNLM_CHAT_TEMPLATE,
-)
-
-INTERNLM2_TOKENIZER = TokenizerSpec(
-    class_name="InternLM2Tokenizer",
-    module="tokenization_internlm2",
-    chat_tokens=tuple(
-        ChatToken(f"<|{name}|>", 92538 + offset, f"[UNUSED_TOKEN_{141 + offset}]")
-        for offset, name in enumerate(
-            ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start"),
-        )
-    ),
-    end_of_turn="<|im_end|>",
-    chat_template=INTERNLM2_CHAT_TEMPLATE,
-)
 
 
 MOST_NAMED = 50
@@ -95,6 +42,7 @@ class Tokenizer:
     def __init__(self, model: SentencePieceModel, left_out: Sequence[str] = ()) -> None:
         self._model = model
         self._left_out = left_out
+        self._fast_forms: dict[tuple[TokenizerSpec, bool], tuple[bytes, str | None]] = {}
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
@@ -145,20 +93,19 @@ class Tokenizer:
                 "convert without --format llama."
             )
 
-    def write(self, folder: Path, spec: TokenizerSpec, chat: bool) -> list[str]:
-        """Write the tokenizer files into `folder`; return a warning of everything that had to be left out.
+    def files(self, spec: TokenizerSpec, chat: bool) -> TokenizerFiles:
+        """Return the tokenizer files, and a warning of everything that had to be left out.
 
         `check_chat` must have passed if `chat`.
         """
         content, reason = self._fast(spec, chat)
-        if reason is None:
-            (folder / "tokenizer.json").write_bytes(content)
-        (folder / "tokenizer.model").write_bytes(self._model.data)
-        _write_json(folder / "special_tokens_map.json", _special_tokens_map(spec, chat))
-        _write_json(folder / TOKENIZER_CONFIG, self._config(spec, chat, fast=reason is None))
+        contents = {"tokenizer.json": content} if reason is None else {}
+        contents["tokenizer.model"] = self._model.data
+        contents["special_tokens_map.json"] = _json(_special_tokens_map(spec, chat))
+        contents[TOKENIZER_CONFIG] = _json(self._config(spec, chat, fast=reason is None))
         if chat:
-            (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
-        return list(self._warnings(reason))
+            contents["chat_template.jinja"] = spec.chat_template.encode()
+        return TokenizerFiles(contents, tuple(self._warnings(reason)))
 
     def _warnings(self, reason: str | None) -> Iterator[str]:
         if self._left_out:
@@ -174,9 +121,13 @@ class Tokenizer:
                 "the tokenizer then needs trust_remote_code=True and is the slow one."
             )
 
-    @cache  # noqa: B019 (one tokenizer per run)
     def _fast(self, spec: TokenizerSpec, chat: bool) -> tuple[bytes, str | None]:
-        """Return the content of tokenizer.json and None, or nothing and why there is none."""
+        """Return the content of tokenizer.json and None, or nothing and why there is none; made once."""
+        if (spec, chat) not in self._fast_forms:
+            self._fast_forms[spec, chat] = self._make_fast(spec, chat)
+        return self._fast_forms[spec, chat]
+
+    def _make_fast(self, spec: TokenizerSpec, chat: bool) -> tuple[bytes, str | None]:
         special = self.special_tokens(spec, chat)
         reason = obstacle(self._model)
         if reason is not None:
@@ -240,5 +191,5 @@ def _special_tokens_map(spec: TokenizerSpec, chat: bool) -> dict[str, Any]:
     return {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": UNK} | chat_names
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: dict[str, Any]) -> bytes:
+    return f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()

@@ -1,0 +1,122 @@
+"""Work that another process does meanwhile.
+
+    this process    imports, reads headers ......... early()  copies weights ......... late()  writes what was made
+    a fork of it    work(tell): ........... tell(early value) ........ returns the late value
+
+Threads of this process would share its interpreter, and copying would wait for them. The fork is only ever a help: a
+process that already has threads is not forked, because a lock that one of them holds would stay locked in the fork;
+and whatever happens to the fork, the work is then done here, which raises what the work raises.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import BinaryIO, Generic, NoReturn, TypeVar
+
+from ..signals import ENDING
+
+Early = TypeVar("Early")
+Late = TypeVar("Late")
+
+
+class Meanwhile(Generic[Early, Late]):
+    """`work` in another process while the context lasts, or here when its first value is asked for.
+
+    `work` is called with a function that it tells its early value, once, and returns its late value.
+    """
+
+    def __init__(self, work: Callable[[Callable[[Early], None]], Late]) -> None:
+        self._work = work
+        self._fork: int | None = None
+        self._pipe: BinaryIO | None = None
+        self._early: list[Early] = []
+        self._late: list[Late] = []
+
+    def __enter__(self) -> Meanwhile[Early, Late]:
+        if _is_alone():
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._fork is not None:
+            _end(self._fork, is_done=bool(self._late))
+
+    def early(self) -> Early:
+        """What the work told; raises what it raised before."""
+        if not self._early:
+            self._receive(self._early)
+        return self._early[0]
+
+    def late(self) -> Late:
+        """What the work returned, or raised."""
+        if not self._late:
+            self._receive(self._late)
+        return self._late[0]
+
+    def _receive(self, values: list[Early] | list[Late]) -> None:
+        """Puts the next value from the pipe into `values`; without one, does the work here."""
+        if self._pipe is not None:
+            try:
+                values.append(pickle.load(self._pipe))
+                return
+            except (EOFError, pickle.UnpicklingError):  # the fork ended before its time
+                self._pipe.close()
+                self._pipe = None
+        self._late.append(self._work(self._early.append))
+
+    def _start(self) -> None:
+        """Forks this process; where none is to be had, all is done here."""
+        with suppress(OSError):
+            read, write = os.pipe()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            try:
+                self._fork = os.fork()
+                if self._fork == 0:
+                    _work_in_fork(self._work, read, write)
+                self._pipe = os.fdopen(read, "rb")
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                os.close(write)
+                if self._pipe is None:
+                    os.close(read)
+
+
+def _is_alone() -> bool:
+    """Whether this process has one thread, those of libraries counted; not believed where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
+def _work_in_fork(work: Callable[[Callable[[Early], None]], Late], read: int, write: int) -> NoReturn:
+    """Sends both values and ends the process; a signal ends it at once and without a word, as does an error."""
+    try:
+        for number in ENDING:
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        os.close(read)
+        with os.fdopen(write, "wb") as pipe:
+
+            def tell(value: Early) -> None:
+                pickle.dump(value, pipe)
+                pipe.flush()
+
+            pickle.dump(work(tell), pipe)
+    finally:
+        os._exit(0)
+
+
+def _end(fork: int, *, is_done: bool) -> None:
+    """Ends a fork, and waits for it where that is short: one that hangs in a read does not die at once."""
+    with suppress(ChildProcessError):  # the system has taken it away, as it does where SIGCHLD is ignored
+        if os.waitpid(fork, os.WNOHANG) == (0, 0):
+            os.kill(fork, signal.SIGKILL)
+            os.waitpid(fork, 0 if is_done else os.WNOHANG)
