@@ -25,8 +25,10 @@ import numpy as np
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Step = Callable[[Array, Array], None]
-"""Writes the second array, elements as unsigned integers of their size, from the first."""
+Pair = tuple[Array, Array]
+"""Numbers and what became of them, elements as unsigned integers of their size."""
+Step = Callable[[Array, Array], Pair]
+"""Writes the second array from the first; returns those among which something can have been lost."""
 
 CHUNK = 1 << 19
 """Elements that are cast at a time, a block of 16-bit ones: each array operation then takes long enough that threads,
@@ -70,10 +72,9 @@ class Cast:
         """Writes target [n] from source [n], both as unsigned integers."""
         loss = Loss()
         for begin in range(0, len(source), CHUNK):
-            piece, result = source[begin : begin + CHUNK], target[begin : begin + CHUNK]
-            self._step(piece, result)
-            if self._narrows:
-                loss += self._lost(piece, result)
+            numbers, results = self._step(source[begin : begin + CHUNK], target[begin : begin + CHUNK])
+            if self._narrows and len(numbers):
+                loss += self._lost(numbers, results)
         return loss
 
     def _lost(self, source: Array, target: Array) -> Loss:
@@ -114,33 +115,36 @@ class _ToFloat16:
         mantissa = 23 if source is FLOAT32 else 7
         self._cut = mantissa - 10
         half = 1 << self._cut - 1 if self._cut > 0 else 0  # of the last place
-        self._sign_moves = 8 * (source.itemsize - 2)
         # the magnitudes that become normal are those from `first` on, `count` of them
         self._first = 127 - 14 << mantissa
         self._count = (30 << mantissa) - half
 
-    def __call__(self, source: Array, target: Array) -> None:
+    def __call__(self, source: Array, target: Array) -> Pair:
         bits, abnormal = self._bits[: len(source)], self._abnormal[: len(source)]
         np.left_shift(source, 1, out=bits)  # without the sign
         np.subtract(bits, 2 * self._first, out=bits)
         np.greater_equal(bits, 2 * self._count, out=abnormal)
         self._normal(source, bits, target)
         others = np.flatnonzero(abnormal)
+        numbers, results = source[others], np.empty(len(others), target.dtype)
         if len(others):
-            results = np.empty(len(others), target.dtype)
-            self._others(source[others], results)
+            self._others(numbers, results)
             target[others] = results
+        return numbers, results
 
     def _normal(self, source: Array, bits: Array, target: Array) -> None:
+        """`bits` are twice the distances of magnitudes from `first`, and are used up."""
         if self._cut > 0:
             _add_half(source, self._cut, bits)
             np.right_shift(bits, self._cut, out=target, casting="unsafe")
+            np.subtract(target, 127 - 15 << 10 & 0xFFFF, out=target)
+            np.bitwise_and(target, 0x7FFF, out=target)
+            np.right_shift(source, 16, out=bits)
+            np.bitwise_and(bits, 0x8000, out=bits)
         else:
-            np.left_shift(source, -self._cut, out=target)
-        np.subtract(target, 127 - 15 << 10 & 0xFFFF, out=target)
-        np.bitwise_and(target, 0x7FFF, out=target)
-        np.right_shift(source, self._sign_moves, out=bits)
-        np.bitwise_and(bits, 0x8000, out=bits)
+            np.left_shift(bits, -self._cut - 1, out=target)
+            np.add(target, 1 << 10, out=target)
+            np.bitwise_and(source, 0x8000, out=bits)
         np.bitwise_or(target, bits, out=target, casting="unsafe")
 
 
@@ -148,8 +152,9 @@ class _ByTable:
     def __init__(self, table: Array) -> None:
         self._table = table
 
-    def __call__(self, source: Array, target: Array) -> None:
+    def __call__(self, source: Array, target: Array) -> Pair:
         np.take(self._table, source, out=target, mode="clip")  # "clip" needs no check and no copy
+        return source, target
 
 
 @cache
@@ -167,30 +172,34 @@ def _table(source: DType, target: DType) -> Array:
     return table
 
 
-def _copy(bits: Array, out: Array) -> None:
+def _copy(bits: Array, out: Array) -> Pair:
     np.copyto(out, bits)
+    return bits, out
 
 
-def _widen_bfloat16(bits: Array, out: Array) -> None:
+def _widen_bfloat16(bits: Array, out: Array) -> Pair:
     np.copyto(out, bits)
     np.left_shift(out, 16, out=out)
+    return bits, out
 
 
-def _widen_float16(bits: Array, out: Array) -> None:
+def _widen_float16(bits: Array, out: Array) -> Pair:
     np.copyto(out.view(np.float32), bits.view(np.float16))
     nan = bits & 0x7FFF > INFINITY[FLOAT16]
     sign, payload = (bits & 0x8000).astype(np.uint32), (bits & 0x3FF).astype(np.uint32)
     np.copyto(out, sign << 16 | 0x7FC00000 | payload << 13, where=nan)
+    return bits, out
 
 
 def _by_way_of_float32(step: Step) -> Step:
     wide = np.empty(CHUNK, np.uint32)
 
-    def cast(bits: Array, out: Array) -> None:
+    def cast(bits: Array, out: Array) -> Pair:
         middle = wide[: len(bits)]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(middle.view(np.float32), bits.view(np.float64), casting="same_kind")
         step(middle, out)
+        return bits, out
 
     return cast
 
@@ -207,23 +216,25 @@ class _Float32ToBfloat16:
     def __init__(self) -> None:
         self._bits = np.empty(CHUNK, np.uint32)
 
-    def __call__(self, source: Array, target: Array) -> None:
+    def __call__(self, source: Array, target: Array) -> Pair:
         bits = self._bits[: len(source)]
         _add_half(source, 16, bits)
         np.right_shift(bits, 16, out=target, dtype=np.uint32, casting="unsafe")
         for nan in _where_nan(source, bits):
             np.copyto(target, 0x7FC0, where=nan)
+        return source, target
 
 
 class _Float32ToFloat16:
     def __init__(self) -> None:
         self._work = np.empty(CHUNK, np.uint32)
 
-    def __call__(self, source: Array, target: Array) -> None:
+    def __call__(self, source: Array, target: Array) -> Pair:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(target.view(np.float16), source.view(np.float32), casting="same_kind")
         for nan in _where_nan(source, self._work[: len(source)]):
             np.bitwise_or(target & 0x8000, 0x7E00, out=target, where=nan)
+        return source, target
 
 
 def _where_nan(source: Array, work: Array) -> Iterator[Array]:
