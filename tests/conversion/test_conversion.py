@@ -350,6 +350,20 @@ def test_every_auto_class_loads_the_folder(family: str, tokenizer: Path, tmp_pat
         assert model.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("family", "factor", "is_lost"), [("internlm", 1, True), ("internlm2", 1, False), ("internlm2", 3, True)]
+)
+def test_a_factor_that_training_does_not_know_is_said(
+    family: str, factor: int, is_lost: bool, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path / "a", family)
+    flags = ["--rotary_type", "dynamic", "--scaling_factor", str(factor)]
+    convert(family, tmp_path / "a", tmp_path / "hf", tokenizer, *flags)
+    capsys.readouterr()
+    revert(family, tmp_path / "hf", tmp_path / "back", 1)
+    assert (f"--rotary_type dynamic --scaling_factor {factor}" in capsys.readouterr().err) == is_lost
+
+
 def test_published_keys_are_written_as_published(tokenizer: Path, tmp_path: Path) -> None:
     written = {}
     for family in FAMILIES:

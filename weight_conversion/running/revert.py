@@ -15,7 +15,13 @@ from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec, contiguous_strides
 from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
 from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, has_weights, read_folder, verify_files
-from ..folders.internevo_folder import TrainingCheckpoint, read_checkpoint, shard_writers, write_model_config
+from ..folders.internevo_folder import (
+    MODEL_CONFIG,
+    TrainingCheckpoint,
+    read_checkpoint,
+    shard_writers,
+    write_model_config,
+)
 from ..folders.internevo_folder import verify_files as verify_checkpoint
 from ..folders.model_folder import CHECKPOINT
 from ..folders.numbering import Numbering, shared_out
@@ -391,6 +397,12 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
             shape, {**config, "bias": source.has_bias, "max_position_embeddings": positions}, rope
         ),
     }
+    if rope.dynamic_factor is not None and (rope.dynamic_factor != 1 or "use_dynamic_ntk_rope" not in built):
+        reporter.warn(
+            f"{MODEL_CONFIG} does not hold the factor {shown(rope.dynamic_factor)} of dynamic NTK, with which {where} "
+            f"scales beyond {positions} tokens. Training up to there is not concerned; when you convert again, pass "
+            f"--rotary_type dynamic --scaling_factor {shown(rope.dynamic_factor)}."
+        )
     return {
         **built,
         **source.training,
