@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BytesIO
 from itertools import groupby, islice, pairwise
 from typing import Any
 
@@ -67,13 +66,12 @@ def tokenizer_json(model: SentencePieceModel, special: SpecialTokens) -> bytes:
         "byte_fallback": Kind.BYTE in model.kinds,
         "ignore_merges": False,
     }
-    content = BytesIO()  # grows in place, where a list of parts and their union would take twice the memory
-    content.write(f'{_json(before)[:-1]},"model":{_json(settings)[:-1]},"vocab":{{'.encode())
-    content.writelines(_joined(f"{_quoted(names.get(index, text))}:{index}" for index, text in enumerate(model.texts)))
-    content.write(b'},"merges":[')
-    content.writelines(_joined(map(_quoted, _merges(model))))
-    content.write(b"]}}")
-    return content.getvalue()
+    parts = [f'{_json(before)[:-1]},"model":{_json(settings)[:-1]},"vocab":{{'.encode()]
+    parts += _joined(f"{_quoted(names.get(index, text))}:{index}" for index, text in enumerate(model.texts))
+    parts.append(b'},"merges":[')
+    parts += _joined(map(_quoted, _merges(model)))
+    parts.append(b"]}}")
+    return b"".join(parts)  # only now, when what finds merges is gone from memory
 
 
 _quoted = json.encoder.encode_basestring  # a JSON string, other characters than ASCII as they are
