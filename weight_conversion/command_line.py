@@ -352,7 +352,7 @@ def _status(action: Callable[[], None], advice: Mapping[int, str] = ADVICE) -> i
         where = f"{' -> '.join(paths)}: " if paths else ""
         status, sentence = 1, f"error: {where}{error.strerror or error}. {_advice(error, advice)}"
     except (MemoryError, ImportError) as error:
-        status, sentence = 1, f"error: {error or 'memory ran out'}. {_shortage(error)}"
+        status, sentence = 1, f"error: {str(error) or 'memory ran out'}. {_shortage(error)}"
     except EndedBySignal as end:
         word = "interrupted" if end.number == signal.SIGINT else f"ended by {end.number.name}"
         status, sentence = end.status, f"{word}: --tgt is as it was before, or complete"

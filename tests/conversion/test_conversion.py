@@ -34,7 +34,7 @@ from tests.support.conversions import (
     shards,
     weights,
 )
-from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
+from weight_conversion.command_line import _status, convert_parser, revert_parser, run_convert, run_revert
 from weight_conversion.files.torch_file import read_plain_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -614,3 +614,11 @@ def test_an_intermediate_size_that_training_would_round_is_told_of(
     message = capsys.readouterr().err
     assert "384" in message
     assert "512" in message
+
+
+def test_a_lack_of_memory_that_says_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def action() -> None:
+        raise MemoryError
+
+    assert _status(action) == 1
+    assert "error: memory ran out. Nothing was written" in capsys.readouterr().err

@@ -161,6 +161,35 @@ except EndedBySignal as end: print(int(end.number))
         time.sleep(0.01)
 
 
+def test_a_signal_while_the_other_is_made_leaves_none() -> None:
+    program = """
+fork = os.fork
+def interrupted():
+    number = fork()
+    if number: os.kill(here, signal.SIGTERM)
+    return number
+os.fork = interrupted
+try:
+    with raised_once(), Meanwhile(lambda tell: time.sleep(600)) as other: print("not interrupted")
+except EndedBySignal:
+    os.waitpid(-1, 0)
+    print("ended")
+"""
+    assert printed(program) == ["ended"]
+
+
+def test_who_reads_the_output_does_not_wait_for_the_other() -> None:
+    """The other hangs, and the program is killed: its output ends all the same."""
+    program = """
+with Meanwhile(lambda tell: (tell(os.getpid()), time.sleep(600))) as other:
+    print(other.early(), flush=True)
+    os.kill(here, signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", PREAMBLE + program], cwd=REPOSITORY, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    os.kill(int(done.stdout), signal.SIGKILL)
+
+
 def test_a_conversion_is_the_same_with_and_without(tmp_path: Path) -> None:
     build(tmp_path / "source", "internlm2")
     tokenizer = train_tokenizer(tmp_path / "tokenizer.model")

@@ -144,7 +144,34 @@ def test_pieces_are_read_in_whatever_way_they_are_written(pieces: list[tuple[str
     assert found.texts == [text for text, *_ in pieces]
     assert list(struct.unpack(f"<{len(pieces)}f", found.scores)) == [score for _, score, *_ in pieces]
     assert found.kinds == [kind for *_, kind, _ in pieces]
-    assert (trainer, normalizer) == ({3: 2}, {3: 0})
+    assert (trainer, normalizer) == ({3 << 3: 2}, {3 << 3: 0})
+
+
+ODD_FIELDS = {
+    "a score of eight bytes": b"\x11abcdefgh",
+    "a score of text": b"\x12\x04abcd",
+    "a text of four bytes": b"\x0dWXYZ",
+    "a kind of text": b"\x1a\x01\x04",
+    "a text under a tag of more than 32 bits": b"\x8a\x80\x80\x80\x10\x01q",
+}
+
+
+@pytest.mark.parametrize("field", ODD_FIELDS.values(), ids=list(ODD_FIELDS))
+def test_fields_of_another_type_are_read_as_the_library_reads_them(model: Path, tmp_path: Path, field: bytes) -> None:
+    body = b"\x0a\x03zzq\x15" + struct.pack("<f", -5.5) + field
+    path = tmp_path / "odd.model"
+    path.write_bytes(model.read_bytes() + b"\x0a" + encoded(len(body)) + body)
+    read, library = SentencePieceModel.read(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = list(range(library.get_piece_size()))
+    assert list(read.texts) == library.id_to_piece(ids)
+    assert list(read.scores) == library.get_score(ids)
+
+
+def test_a_large_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "zeros.model").open("wb") as file:
+        file.truncate(1 << 20)
+    with pytest.raises(ConversionError, match="is not a SentencePiece model"):
+        SentencePieceModel.read(tmp_path / "zeros.model")
 
 
 def test_pieces_of_an_odd_order_are_merged_by_their_score(model: Path) -> None:

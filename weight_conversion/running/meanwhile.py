@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Generic, NoReturn, TypeVar
 
 from ..signals import ENDING
@@ -38,14 +38,20 @@ class Meanwhile(Generic[Early, Late]):
 
     def __enter__(self) -> Meanwhile[Early, Late]:
         if _is_alone():
-            self._start()
+            try:
+                with _signals_held_off():
+                    self._start()
+            except BaseException:  # a signal that came meanwhile
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pipe is not None:
-            self._pipe.close()
-        if self._fork is not None:
-            _end(self._fork, is_done=bool(self._late))
+        with _signals_held_off():
+            if self._pipe is not None:
+                self._pipe.close()
+            if self._fork is not None:
+                _end(self._fork, is_done=bool(self._late))
 
     def early(self) -> Early:
         """What the work told; raises what it raised before."""
@@ -74,17 +80,25 @@ class Meanwhile(Generic[Early, Late]):
         """Forks this process; where none is to be had, all is done here."""
         with suppress(OSError):
             read, write = os.pipe()
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             try:
                 self._fork = os.fork()
                 if self._fork == 0:
                     _work_in_fork(self._work, read, write)
                 self._pipe = os.fdopen(read, "rb")
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 os.close(write)
                 if self._pipe is None:
                     os.close(read)
+
+
+@contextmanager
+def _signals_held_off() -> Iterator[None]:
+    """A signal that would end the run is raised at the end, when nothing can be left behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_alone() -> bool:
@@ -103,6 +117,9 @@ def _work_in_fork(work: Callable[[Callable[[Early], None]], Late], read: int, wr
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         os.close(read)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):  # who reads what this program says does not wait for the fork
+            os.dup2(nothing, standard)
         with os.fdopen(write, "wb") as pipe:
 
             def tell(value: Early) -> None:

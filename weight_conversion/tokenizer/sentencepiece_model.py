@@ -20,11 +20,14 @@ import sentencepiece
 from ..errors import ConversionError
 from ..files.kinds import check_regular
 
-# Field numbers of sentencepiece_model.proto.
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
-_MODEL_TYPE, _BPE = 3, 2
-_CHARSMAP, _DUMMY_PREFIX, _EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
+# Fields of sentencepiece_model.proto by their tags, number << 3 | wire type: a field of a known number and another type
+# is an unknown one, which protobuf passes over.
+_VARINT, _BYTES, _FOUR_BYTES = 0, 2, 5
+_PIECES, _TRAINER, _NORMALIZER = (number << 3 | _BYTES for number in (1, 2, 3))
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1 << 3 | _BYTES, 2 << 3 | _FOUR_BYTES, 3 << 3 | _VARINT
+_MODEL_TYPE, _BPE = 3 << 3 | _VARINT, 2
+_CHARSMAP = 2 << 3 | _BYTES
+_DUMMY_PREFIX, _EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = (number << 3 | _VARINT for number in (3, 4, 5))
 
 
 class Kind(IntEnum):
@@ -76,8 +79,12 @@ class SentencePieceModel:
             )
         data = path.read_bytes()
         try:
+            _field(data, 0)  # most files of another kind end here, before the library makes copies
             unused = _unused(data)  # first: the library gives back the memory that the pieces then take
             pieces, trainer, normalizer = _contents(data)
+            scores = _little_endian(pieces.scores)
+            if not len(unused) == len(pieces.texts) == len(scores):
+                raise ValueError(f"{len(unused)} pieces, {len(pieces.texts)} texts and {len(scores)} scores.")
         except Exception as error:  # a damaged model raises many kinds of errors
             raise ConversionError(
                 f"{path} is not a SentencePiece model ({len(data)} bytes); "
@@ -87,7 +94,7 @@ class SentencePieceModel:
             path=path,
             data=data,
             texts=pieces.texts,
-            scores=_little_endian(pieces.scores),
+            scores=scores,
             kinds=[Kind.UNUSED if is_unused else kind for kind, is_unused in zip(pieces.kinds, unused, strict=True)],
             is_bpe=trainer.get(_MODEL_TYPE) == _BPE,
             adds_prefix_space=bool(normalizer.get(_DUMMY_PREFIX, 1)),
@@ -163,12 +170,12 @@ class _Pieces:
 
     def add(self, message: bytes) -> None:
         text, score, kind = b"", bytes(4), Kind.NORMAL
-        for number, value in _fields(message):
-            if number == _PIECE_TEXT:
+        for tag, value in _fields(message):
+            if tag == _PIECE_TEXT:
                 text = value
-            elif number == _PIECE_SCORE:
+            elif tag == _PIECE_SCORE:
                 score = value
-            elif number == _PIECE_KIND:
+            elif tag == _PIECE_KIND:
                 kind = _KINDS[value]
         self.texts.append(text.decode())
         self.scores += score
@@ -202,43 +209,46 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 def _contents(data: bytes) -> tuple[_Pieces, dict[int, Any], dict[int, Any]]:
-    """Return the pieces, and the fields of the trainer and of the normalizer."""
+    """Return the pieces, and the fields of the trainer and of the normalizer by their tags."""
     pieces = _Pieces()
     groups: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
     at = 0
     while (at := pieces.add_usual(data, at)) < len(data):
-        number, value, at = _field(data, at)
-        if number == _PIECES:
+        tag, value, at = _field(data, at)
+        if tag == _PIECES:
             pieces.add(value)
-        elif number in groups:
-            groups[number].update(_fields(value))
+        elif tag in groups:
+            groups[tag].update(_fields(value))
     return pieces, groups[_TRAINER], groups[_NORMALIZER]
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a protobuf message: an int for a varint, else the bytes of the value."""
+    """Yield (tag, value) of each field of a protobuf message: an int for a varint, else the bytes of the value."""
     at = 0
     while at < len(message):
-        number, value, at = _field(message, at)
-        yield number, value
+        tag, value, at = _field(message, at)
+        yield tag, value
 
 
 def _field(message: bytes, at: int) -> tuple[int, Any, int]:
-    """Return number and value of the field that starts at byte `at`, and the byte after it."""
+    """Return tag and value of the field that starts at byte `at`, and the byte after it."""
     tag, at = _varint(message, at)
+    tag &= 0xFFFFFFFF  # as protobuf cuts them
     wire_type = tag & 7
-    if wire_type == 0:
+    if not tag >> 3:
+        raise ValueError(f"Field number 0 at byte {at} is not one of protobuf's.")
+    if wire_type == _VARINT:
         value, at = _varint(message, at)
-        return tag >> 3, value, at
-    if wire_type == 2:
+        return tag, value, at
+    if wire_type == _BYTES:
         size, at = _varint(message, at)
-    elif wire_type in (1, 5):
+    elif wire_type in (1, _FOUR_BYTES):
         size = 8 if wire_type == 1 else 4
     else:
         raise ValueError(f"Wire type {wire_type} at byte {at} is not one of protobuf's.")
     if at + size > len(message):
         raise ValueError(f"A field of {size} bytes at byte {at} runs past the end, {len(message)}.")
-    return tag >> 3, message[at : at + size], at + size
+    return tag, message[at : at + size], at + size
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
