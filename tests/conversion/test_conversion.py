@@ -26,7 +26,9 @@ from tests.support.conversions import (
     FAMILIES,
     LAYOUTS,
     assert_files_are_those_of,
+    assert_revert_refused,
     assert_same,
+    change_settings,
     convert,
     names_of,
     real_checkpoints,
@@ -258,7 +260,7 @@ def test_training_on_the_hugging_face_class_comes_back(
     build(tmp_path / "native", family, bias=bias)
     convert(family, tmp_path / "native", tmp_path / "class", tokenizer)
     config = tmp_path / "class" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 3e-6}))
+    change_settings(config.parent, {"rms_norm_eps": 3e-6})
     for number, given in enumerate((config, config.parent)):
         target = tmp_path / f"hf{number}"
         convert(family, tmp_path / "a", target, tokenizer, "--dtype", "float32", "--config", str(given), "--verify")
@@ -594,13 +596,8 @@ def test_what_cannot_be_reverted_is_refused_in_a_sentence(
 ) -> None:
     build(tmp_path / "a", family)
     convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
-    config_file = tmp_path / "hf" / "config.json"
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | change))
-    parser = revert_parser("revert", family, versions=family == "internlm")
-    arguments = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "back"), "--tp_size", str(tp)]
-    assert run_revert(family, parser.parse_args(arguments)) == 1
-    message = capsys.readouterr().err
-    assert all(word in message for word in words), message
+    change_settings(tmp_path / "hf", change)
+    assert_revert_refused(family, tmp_path / "hf", tmp_path / "back", tp, words, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf"]
 
 

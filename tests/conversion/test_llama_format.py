@@ -16,16 +16,19 @@ from tests.support.conversions import (
     FAMILIES,
     LAYOUTS,
     assert_files_are_those_of,
+    assert_revert_refused,
     assert_same,
+    change_settings,
     convert,
     names_of,
     real_checkpoints,
     revert,
+    settings,
     shards,
     weights,
 )
 from tests.support.real_tokenizers import golden_cases, real_model
-from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
+from weight_conversion.command_line import convert_parser, run_convert
 from weight_conversion.mapping.families import FAMILIES as MAPPED
 
 LLAMA = ("--format", "llama", "--dtype", "float32")
@@ -39,14 +42,6 @@ def loaded(folder: Path) -> Any:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return model.eval()
-
-
-def settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def change_settings(folder: Path, change: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(settings(folder) | change))
 
 
 # ---------------------------------------------------------------------------------------------------- the same model
@@ -298,10 +293,5 @@ def test_a_tensor_that_the_family_has_not_is_refused(
 
 def refused(family: str, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> bool:
     """Whether reverting `folder`/llama ends in a sentence with these words and writes nothing."""
-    capsys.readouterr()
-    parser = revert_parser("revert", family, versions=family == "internlm")
-    arguments = ["--src", str(folder / "llama"), "--tgt", str(folder / "back"), "--tp_size", "1"]
-    assert run_revert(family, parser.parse_args(arguments)) == 1
-    message = capsys.readouterr().err
-    assert all(word in message for word in words), message
+    assert_revert_refused(family, folder / "llama", folder / "back", 1, words, capsys)
     return not (folder / "back").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,27 @@ def revert(family: str, source: Path, target: Path, tp: int, *more: str) -> None
     parser = revert_parser("revert", family, versions=family == "internlm")
     words = ["--src", str(source), "--tgt", str(target), "--tp_size", str(tp), *more]
     assert run_revert(family, parser.parse_args(words)) == 0
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What config.json of a Hugging Face folder says."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def change_settings(folder: Path, change: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(settings(folder) | change))
+
+
+def assert_revert_refused(
+    family: str, source: Path, target: Path, tp: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reverting ends with status 1 and in a sentence with all `words`."""
+    capsys.readouterr()
+    parser = revert_parser("revert", family, versions=family == "internlm")
+    arguments = ["--src", str(source), "--tgt", str(target), "--tp_size", str(tp)]
+    assert run_revert(family, parser.parse_args(arguments)) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
 
 
 def shards(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
