@@ -80,7 +80,7 @@ COMPILE_OPTIONS: dict[str, Any] = {
 }
 
 
-# What `generate` is asked for, beside greedy decoding; the last is what the documentation recommends for one sequence.
+# What `generate` is asked for, beside greedy decoding.
 TUNED = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
 GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
     "dynamic cache": dict,
