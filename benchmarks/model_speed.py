@@ -18,8 +18,9 @@ Markdown tables, one for each section:
 All but `generate` and `batching` are tuned loops: they leave out what generate does between two passes.
 
 Both models have random bfloat16 weights and read the same random tokens, in one process. Rounds of the one and the
-other alternate, after a warm-up round that does not count; device events take the time, and medians are given. The
-decode rounds run over the same lengths each time, because a fused kernel may be planned anew for each new one.
+other alternate (but `compiled`: one model after the other), after a warm-up round that does not count; device events
+take the time (of `batching` the clock), and medians are given. The decode rounds run over the same lengths each time,
+because a fused kernel may be planned anew for each new one.
 
 Beside each time stands its floor: the larger of two times, that of the floating-point operations which the model
 cannot do without at the rate of a large matrix product, and that of the bytes which it must move at the bandwidth of

@@ -22,7 +22,7 @@ VERSIONS = "This model code was tried on transformers 4.57.6 to 5.24.0; install 
 
 
 def _internal(module: str, name: str) -> Any:
-    """A name of transformers that is its own affair, None where it is gone: the table in docs/versions.md."""
+    """A name of transformers that is its own affair, None where it is gone: docs/transformers-api.md."""
     try:
         return getattr(importlib.import_module(f"transformers.{module}"), name, None)
     except ImportError:

@@ -32,9 +32,8 @@ INTERNAL = (
     ("masking_utils", "create_masks_for_generate"),
     ("modeling_layers", "GradientCheckpointingLayer"),
     ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
-    ("utils.generic", "can_return_tuple"),
 )
-"""Every name that the packages take from transformers and that is not documented as stable (docs/versions.md)."""
+"""Every name that the packages look up in transformers: the internal ones of docs/transformers-api.md."""
 
 RENAMED_FILES = ("generation/utils.py", "masking_utils.py", "modeling_outputs.py", "utils/generic.py")
 

@@ -2,7 +2,7 @@
 
 A pickle is a program for a machine with a stack. Reading knows the opcodes that plain values need, and these names:
 
-    collections.OrderedDict, internlm*.Config        a dict
+    collections.OrderedDict, internlm.*.Config       a dict
     torch.float32, torch.FloatStorage, ...           a DType
     torch.Size                                       a tuple
     torch._utils._rebuild_tensor_v2, _parameter      a PickledTensor

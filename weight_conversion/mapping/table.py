@@ -20,7 +20,7 @@ from .rules import ModelShape, Rule
 LAYER = "{layer}"
 
 Layout = frozenset[str]
-"""One choice of each group of a Table, for example {"hidden-split embedding", "wqkv", "no bias"}."""
+"""One choice of each group of a Table, for example {"hidden split", "wqkv", "no bias", ...}."""
 
 
 @dataclass(frozen=True)
