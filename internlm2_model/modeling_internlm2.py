@@ -749,6 +749,8 @@ class InternLM2ForSequenceClassification(InternLM2PreTrainedModel):
     """The decoder with a linear head on the last real token of each row, or of each sequence packed into rows."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    # Trainer divides the loss by the parts of a batch itself: losses of regression know no num_items_in_batch.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)
@@ -882,7 +884,7 @@ class InternLM2ForTokenClassification(InternLM2PreTrainedModel):
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

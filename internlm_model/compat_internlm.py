@@ -48,6 +48,11 @@ GradientCheckpointingLayer: Any = _internal("modeling_layers", "GradientCheckpoi
 create_causal_mask = _internal("masking_utils", "create_causal_mask")
 create_masks_for_generate = _internal("masking_utils", "create_masks_for_generate")
 ALL_ATTENTION_FUNCTIONS = _internal("modeling_utils", "ALL_ATTENTION_FUNCTIONS")
+CAUSAL_MODELS = _internal("models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+if CAUSAL_MODELS is not None:
+    # Trainer's label smoothing compares a logit with the next token for the classes named here, and with the token
+    # itself, which teaches to repeat it, for any other.
+    CAUSAL_MODELS.setdefault("internlm", "InternLMForCausalLM")
 if ALL_ATTENTION_FUNCTIONS is None:
     raise ImportError(f"transformers {transformers.__version__} has no table of attention functions. {VERSIONS}")
 

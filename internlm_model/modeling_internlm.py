@@ -779,6 +779,8 @@ class InternLMForSequenceClassification(InternLMPreTrainedModel):
     """The decoder with a linear head on the last real token of each row, or of each sequence packed into rows."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    # Trainer divides the loss by the parts of a batch itself: losses of regression know no num_items_in_batch.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__(config)
@@ -912,7 +914,7 @@ class InternLMForTokenClassification(InternLMPreTrainedModel):
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

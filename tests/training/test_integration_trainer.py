@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,43 @@ def test_accumulated_gradients_are_those_of_the_large_batch(family: Family, tmp_
     for run in (whole, parts):
         run.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+
+
+PROBLEMS: dict[str, tuple[str, int, Callable[[int], Any]]] = {
+    "classes": ("ForSequenceClassification", 3, lambda row: row % 3),
+    "a value": ("ForSequenceClassification", 1, float),
+    "several classes": ("ForSequenceClassification", 3, lambda row: [float(row % 2), float(row % 3 == 0), 1.0]),
+    "classes of tokens": ("ForTokenClassification", 3, lambda row: [row % 3] * (9 - row) + [-100] * (row + 1)),
+}
+
+
+@over_families
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
+def test_heads_accumulate_the_gradients_of_the_large_batch(
+    family: Family, problem: tuple[str, int, Callable[[int], Any]], tmp_path: Path
+) -> None:
+    """Trainer divides by the number of parts unless the model says that its own loss counts the whole batch."""
+    head, labels, label = problem
+    dataset = [{"input_ids": row, "labels": label(number)} for number, row in enumerate(tokens(8, 10))]
+    found = []
+    for size in (8, 2):
+        torch.manual_seed(0)
+        model = family.cls(head)(family.config(num_labels=labels))
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        run = Trainer(model=model, args=trainer(model, tmp_path, max_steps=2, **settings).args, train_dataset=dataset)
+        run.train()
+        found.append([(log["loss"], log["grad_norm"]) for log in run.state.log_history if "loss" in log])
+    whole, parts = (torch.tensor(logs) for logs in found)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+@over_families
+def test_smoothed_labels_are_those_of_the_next_tokens(family: Family, tmp_path: Path) -> None:
+    run = trainer(family.model(), tmp_path, label_smoothing_factor=0.1)
+    batch = Padding()(examples())
+    logits = run.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    assert run.compute_loss(run.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @over_families

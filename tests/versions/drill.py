@@ -31,6 +31,7 @@ INTERNAL = (
     ("masking_utils", "create_causal_mask"),
     ("masking_utils", "create_masks_for_generate"),
     ("modeling_layers", "GradientCheckpointingLayer"),
+    ("models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
 )
 """Every name that the packages look up in transformers: the internal ones of docs/transformers-api.md."""
