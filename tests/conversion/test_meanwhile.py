@@ -126,6 +126,44 @@ with Meanwhile(work) as other:
     assert printed(program) == [*(["1"] if told else []), "what went wrong"]
 
 
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
+def test_what_crashed_a_process_is_not_done_again(number: signal.Signals, told: bool) -> None:
+    program = f"""
+def work(tell):
+    if {told}: tell(1)
+    os.kill(os.getpid(), {int(number)})
+with Meanwhile(work) as other:
+    try:
+        print(other.early())
+        other.late()
+    except MemoryError as error:
+        print(error)
+"""
+    *early, sentence = printed(program)
+    assert early == ["1"] * told
+    assert f"crashed ({number.name})" in sentence
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("error", ["MemoryError", "RuntimeError"])
+def test_what_failed_under_a_limit_on_memory_is_not_done_again(error: str, limited: bool) -> None:
+    program = f"""
+import resource
+if {limited}: resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
+def work(tell):
+    if os.getpid() != here: raise {error}
+    return "here"
+with Meanwhile(work) as other:
+    try:
+        print(other.late())
+    except MemoryError as error:
+        print(error)
+"""
+    sentence = "the process that prepares the tokenizer failed under the limit on memory"
+    assert printed(program) == [sentence if limited else "here"]
+
+
 def test_a_process_that_hangs_ends_with_the_context() -> None:
     program = """
 with Meanwhile(lambda tell: (tell(os.getpid()), time.sleep(600))) as other: number = other.early()

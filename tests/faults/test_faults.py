@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +60,7 @@ from tests.faults.fault_moments import (
 )
 from tests.faults.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, write_archive
 from tests.support.checkpoints import Shape, build, save_model_config
-from tests.support.tokenizer_fixture import train_tokenizer
+from tests.support.tokenizer_fixture import NORMAL, append_pieces, train_tokenizer
 from weight_conversion.files.copying import Copier, Move
 from weight_conversion.files.views import StoredTensor
 from weight_conversion.mapping import families
@@ -1128,6 +1129,21 @@ def test_too_little_address_space(megabytes: int, place: Place) -> None:
         assert outcome.status == 1, outcome
         assert "Traceback" not in outcome.errors
         assert outcome.sentences[-1].startswith("error: "), outcome
+        assert snapshot(place.root, times=False) == before
+
+
+@pytest.mark.parametrize("megabytes", [200, 215, 230, 260, 290])
+def test_too_little_address_space_for_a_large_tokenizer(megabytes: int, place: Place) -> None:
+    """Comparing it takes more memory than all else, and libraries that get none crash."""
+    shutil.rmtree(place.source)
+    build(place.source, "internlm2", shape=Shape(16, 1, 4, 2, vocab=92544))
+    train_tokenizer(place.tokenizer)
+    numbers = Random(0)
+    append_pieces(place.tokenizer, (f"{numbers.randrange(10**12)}+{number}" for number in range(92000)), NORMAL)
+    before = snapshot(place.root, times=False)
+    outcome = run_itself(place, place.convert_command(), f'ulimit -v {megabytes << 10}; "$@"')
+    if outcome.status:
+        assert_refused(outcome, "ulimit -v")
         assert snapshot(place.root, times=False) == before
 
 

@@ -5,19 +5,27 @@
 
 Threads of this process would share its interpreter, and copying would wait for them. The fork is only ever a help: a
 process that already has threads is not forked, because a lock that one of them holds would stay locked in the fork;
-and whatever happens to the fork, the work is then done here, which raises what the work raises.
+and whatever happens to the fork, the work is then done here, which raises what the work raises. Unless it crashed, or
+failed otherwise under a limit on memory: libraries that get none end a process without a word.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Generic, NoReturn, TypeVar
 
+from ..errors import ConversionError
 from ..signals import ENDING
+
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+"""How a library ends a process, mostly where it gets no memory."""
+FAILED = 1
+"""Exit status of a fork whose work raised what no work means to raise. A library may end it with another."""
 
 Early = TypeVar("Early")
 Late = TypeVar("Late")
@@ -54,13 +62,13 @@ class Meanwhile(Generic[Early, Late]):
                 _end(self._fork, is_done=bool(self._late))
 
     def early(self) -> Early:
-        """What the work told; raises what it raised before."""
+        """What the work told; raises what it raised before, or MemoryError where it crashed."""
         if not self._early:
             self._receive(self._early)
         return self._early[0]
 
     def late(self) -> Late:
-        """What the work returned, or raised."""
+        """What the work returned, or raised; MemoryError where it crashed."""
         if not self._late:
             self._receive(self._late)
         return self._late[0]
@@ -74,7 +82,21 @@ class Meanwhile(Generic[Early, Late]):
             except (EOFError, pickle.UnpicklingError):  # the fork ended before its time
                 self._pipe.close()
                 self._pipe = None
+                self._check_end()
         self._late.append(self._work(self._early.append))
+
+    def _check_end(self) -> None:
+        """Raises MemoryError where the fork, which has ended, ended in a way that would end this process."""
+        with suppress(ChildProcessError):  # as in _end
+            _, status = os.waitpid(self._fork or 0, 0)
+            limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) in CRASHES:
+                how = f"crashed ({signal.Signals(os.WTERMSIG(status)).name}), as libraries do without memory"
+            elif limited and os.WIFEXITED(status) and os.WEXITSTATUS(status):
+                how = "failed under the limit on memory"
+            else:
+                return
+            raise MemoryError(f"the process that prepares the tokenizer {how}")
 
     def _start(self) -> None:
         """Forks this process; where none is to be had, all is done here."""
@@ -111,6 +133,7 @@ def _is_alone() -> bool:
 
 def _work_in_fork(work: Callable[[Callable[[Early], None]], Late], read: int, write: int) -> NoReturn:
     """Sends both values and ends the process; a signal ends it at once and without a word, as does an error."""
+    status = FAILED
     try:
         for number in ENDING:
             if callable(signal.getsignal(number)):
@@ -127,8 +150,11 @@ def _work_in_fork(work: Callable[[Callable[[Early], None]], Late], read: int, wr
                 pipe.flush()
 
             pickle.dump(work(tell), pipe)
+        status = 0
+    except (ConversionError, OSError):  # raised again where the work is done again
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _end(fork: int, *, is_done: bool) -> None:

@@ -85,6 +85,8 @@ class SentencePieceModel:
             scores = _little_endian(pieces.scores)
             if not len(unused) == len(pieces.texts) == len(scores):
                 raise ValueError(f"{len(unused)} pieces, {len(pieces.texts)} texts and {len(scores)} scores.")
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged model raises many kinds of errors
             raise ConversionError(
                 f"{path} is not a SentencePiece model ({len(data)} bytes); "
