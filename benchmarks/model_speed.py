@@ -1,6 +1,6 @@
 """How fast the models are on a GPU, beside transformers' LlamaForCausalLM of the same shape.
 
-    python benchmarks/model_speed.py                                        # everything, about 15 minutes
+    python benchmarks/model_speed.py                                        # everything
     python benchmarks/model_speed.py --families internlm2 --sections prefill decode --backends sdpa
 
 Needs torch and transformers; rows of flash_attention_2 are left out where flash-attn is not installed. It prints

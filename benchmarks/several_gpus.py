@@ -1,6 +1,6 @@
 """How the models run on two GPUs: device_map="auto" and tp_plan="auto" beside one GPU.
 
-    python benchmarks/several_gpus.py                                 # both families, about 5 minutes
+    python benchmarks/several_gpus.py                                 # both families
     python benchmarks/several_gpus.py --families internlm2 --layers 4 # a trial
 
 Needs two CUDA GPUs, torch, transformers and accelerate; FlashAttention is used where flash-attn is installed. It saves
