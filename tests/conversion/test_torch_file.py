@@ -305,6 +305,12 @@ def test_what_is_no_dict_is_refused(content: object, tmp_path: Path) -> None:
             read(saved(tmp_path, content))
 
 
+def test_a_tensor_that_is_the_negative_of_its_storage_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.complex(torch.ones(2), torch.ones(2)).conj().imag}, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match=r"makes a tensor with \{'neg': True\}"):
+        read_state_dict(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("value", [1, None, "text", [torch.zeros(2)], {"inner": torch.zeros(2)}], ids=str)
 def test_a_state_dict_holds_only_tensors(value: object, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="under 'b', expected only tensors by name"):

@@ -76,7 +76,17 @@ def _size(values: object = ()) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _tensor(storage: object, offset: object, shape: object, strides: object, *_unused: object) -> PickledTensor:
+def _tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    strides: object,
+    _requires_grad: object = False,
+    _hooks: object = None,
+    notes: object = None,
+) -> PickledTensor:
+    if notes:  # {"neg": True}: its elements are the negatives of what the storage holds
+        raise PickleError(f"it makes a tensor with {shown(notes)}, which no checkpoint needs")
     if type(storage) is not PickledStorage:
         raise PickleError(f"it makes a tensor of {shown(storage)}, which is no tensor storage")
     return PickledTensor(storage, offset, _size(shape), _size(strides))
