@@ -145,7 +145,10 @@ ANOTHER_MODEL = {
 }
 
 
-@pytest.mark.parametrize(("key", "value"), [*ANOTHER_MODEL.items(), ("norm_type", ["rmsnorm"]), ("adapt_hf", "no")])
+NO_YES_OR_NO = [("adapt_hf", "no"), ("qk_interleaved", float("nan")), ("norm_head", -1), ("mlp_layer_fusion", 2)]
+
+
+@pytest.mark.parametrize(("key", "value"), [*ANOTHER_MODEL.items(), *NO_YES_OR_NO, ("norm_type", ["rmsnorm"])])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_settings_of_another_model_are_refused_on_every_way(
     family: str, key: str, value: object, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -81,17 +81,16 @@ OF_TRAINING = frozenset(
         "use_scaled_init",
     }
 )
-PLAIN = (
+PLAIN = ("embed_grad_scale", "use_flash_attn")
+"""What is a number, or a yes or no."""
+YES_OR_NO = (
     "adapt_hf",
-    "embed_grad_scale",
     "enable_qkv_fusion",
     "mlp_layer_fusion",
     "norm_head",
     "qk_interleaved",
     "use_dynamic_ntk_rope",
-    "use_flash_attn",
 )
-"""What is a number, or a yes or no."""
 
 
 def check_settings(config: Mapping[str, Any], where: Path, warn: Callable[[str], None]) -> None:
@@ -108,6 +107,10 @@ def check_settings(config: Mapping[str, Any], where: Path, warn: Callable[[str],
     for key in PLAIN:
         if not isinstance(config.get(key), bool | int | float | None):
             raise ConversionError(f"{where}: {key} is {shown(config[key])}, expected a number or a yes or no.")
+    for key in YES_OR_NO:
+        value = config.get(key)
+        if not isinstance(value, bool | int | float | None) or value not in (None, False, True):
+            raise ConversionError(f"{where}: {key} is {shown(value)}, expected True or False.")
     unknown = sorted(shown(key) for key in config.keys() - READ - FIXED.keys() - OF_TRAINING)
     if unknown:
         warn(
