@@ -261,6 +261,10 @@ class InternLM2Config(PretrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "max_position_embeddings" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"max_position_embeddings is {value!r}; expected a positive whole number.")
+        # A cache would forget by them what the models, which know them not, attend to.
+        narrow = name == "layer_types" and value is not None and any(kind != "full_attention" for kind in value)
+        if narrow or (name in ("sliding_window", "attention_chunk_size") and value is not None):
+            raise ValueError(f"{name} is {value!r}, but InternLM2 attends to every earlier token. Leave it out.")
         super().__setattr__(name, value)
 
     def rope(self) -> Rope:

@@ -379,8 +379,8 @@ def packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def padded_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions [B, S] that count the real tokens of [B, S] only; padding before the first has 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    """Positions [B, S] that count the real tokens of [B, S] only, those not 0; padding before the first has 0."""
+    return ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)
 
 
 class TokenLayout(NamedTuple):

@@ -166,6 +166,26 @@ def test_a_rotary_number_that_is_none_is_refused_by_name(family: Family, value: 
     assert config.rope() == (10000, "origin", 1.0)
 
 
+NARROW = {"sliding_window": 4, "attention_chunk_size": 4, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@over_families
+@pytest.mark.parametrize("name", NARROW)
+def test_a_window_that_only_a_cache_would_have_is_refused_by_name(family: Family, name: str, tmp_path: Path) -> None:
+    """transformers' caches read these settings, and forget what the models see in one pass without a cache."""
+    message = f"{name} is .*attends to every earlier token"
+    with pytest.raises(ValueError, match=message):
+        family.config(**{name: NARROW[name]})
+    config = family.config("origin", layer_types=["full_attention"] * 3, sliding_window=None)
+    with pytest.raises(ValueError, match=message):
+        setattr(config, name, NARROW[name])
+    file = tmp_path / "config.json"
+    config.save_pretrained(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: NARROW[name]}))
+    with pytest.raises(ValueError, match=message):
+        family.cls("Config").from_pretrained(tmp_path)
+
+
 @over_families
 def test_edits_in_place_count(family: Family) -> None:
     config = family.config("dynamic")

@@ -102,9 +102,6 @@ def _check_own(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, whe
     check_computation(config, shape, where)
     held = "all" if has_bias else "none"
     check_settings(config, where, [("bias", has_bias, has_bias, f"its weight files hold {held} of the biases")])
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict):
-        check_settings(rope, where, [("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head")])
 
 
 def training_shape(checkpoint: TrainingCheckpoint, table: Table, layout: Layout) -> ModelShape:

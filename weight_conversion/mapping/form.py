@@ -44,10 +44,15 @@ Setting = tuple[str, Any, Any, str]
 
 def check_computation(config: Mapping[str, Any], shape: ModelShape, where: Path) -> None:
     """ConversionError for settings with which either class computes what the training framework does not."""
+    attends_to_all = "both families attend to every earlier token"
+    full = ["full_attention"] * shape.num_layers
     rows: tuple[Setting, ...] = (
         ("hidden_act", "silu", "silu", "both families have this activation"),
         ("head_dim", shape.head_dim, shape.head_dim, "both families have hidden_size / num_attention_heads"),
         ("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head"),
+        ("sliding_window", None, None, attends_to_all),
+        ("attention_chunk_size", None, None, attends_to_all),
+        ("layer_types", full, full, attends_to_all),
         ("quantization_config", None, None, "the framework loads weights in full"),
     )
     check_settings(config, where, rows)

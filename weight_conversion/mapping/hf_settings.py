@@ -13,6 +13,8 @@ DEFAULT_NORM_EPSILON = 1e-6
 """That of the configuration classes; the framework's own models have another."""
 DEFAULT_POSITIONS = 2048
 FACTORS = ("factor", "scaling_factor")
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "base", *FACTORS}
+WHOLE_HEAD = ("partial_rotary_factor", 1.0)
 
 
 def training_settings(config: Mapping[str, Any], where: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -60,4 +62,11 @@ def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, 
     value = config.get(key) or {}
     if not isinstance(value, dict):
         raise ConversionError(f"{where}: {key} is {shown(value)}, expected an object of settings.")
+    unknown = sorted(
+        name
+        for name, setting in value.items()
+        if name not in ROPE_KEYS and setting is not None and (name, setting) != WHOLE_HEAD
+    )
+    if unknown:
+        raise ConversionError(f"{where}: {key} has {shown(unknown[0])}, which is no setting of either family.")
     return value

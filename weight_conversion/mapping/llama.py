@@ -19,7 +19,6 @@ from .table import LAYER, Table
 MODEL_TYPE = "llama"
 
 ROPE_TYPES = ("default", "dynamic")
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor"}
 
 _LAYER = f"model.layers.{LAYER}"
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -77,6 +76,3 @@ def _check_rope(settings: Mapping[str, Any], where: str) -> None:
         raise ConversionError(
             f"{where} is of type {shown(kind)}, but both families know {' and '.join(ROPE_TYPES)} only."
         )
-    unknown = sorted(set(settings) - ROPE_KEYS, key=str)
-    if unknown:
-        raise ConversionError(f"{where} has {shown(unknown[0])}, which is no setting of either family.")

@@ -170,7 +170,24 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
     form.check(folder.config, shape, has_bias, where)
     layout = _layout(family, request, has_bias, frozenset())
     fulls = match_hf(tensors, form.table, layout, shape, str(request.source))
+    if folder.config.get("tie_word_embeddings"):
+        _check_tied(tensors, where)
     return _Source(folder.config, where, shape, has_bias, fulls, lambda: verify_files(folder))
+
+
+def _check_tied(tensors: Mapping[str, StoredTensor], where: Path) -> None:
+    """ConversionError where a head is not the embedding to which config.json ties it."""
+    for head, embedding in HEAD_OF.items():
+        if head not in tensors:
+            continue
+        one, other = tensors[head], tensors[embedding]
+        moves = [Move(one, ((one.view(), other.view()),))]
+        if one.dtype != other.dtype or any(Copier(lambda _: None).differences([moves])):
+            raise ConversionError(
+                f"{where}: tie_word_embeddings is true, but tensor {shown(head)} in {one.path} is not "
+                f"{shown(embedding)}. transformers 4 computes with the embedding in its place, 5 with the tensor: set "
+                "tie_word_embeddings to false to keep the tensor, or take the tensor out."
+            )
 
 
 def _understand_checkpoint(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
