@@ -15,6 +15,7 @@ What flows through, for either direction:
                 views, dtypes      tensors as places in files, windows on them, and the types of their elements
                 copying, casting   moves bytes between files in blocks, and casts them; knows no names and no formats
                 open_files, kinds  reads and writes for several threads, the disk at work meanwhile; no devices or FIFOs
+                stamps             whether files are what they were when they were first read
     mapping/    table, rules       which tensor becomes which, and how its parts lie in it
                 internlm, internlm2, llama     the rows of each; families lists what can be converted
                 family, form       what a family is, with the rows and choices that all share (isp); what each of its

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.faults.fault_harness import (
     train_quick_tokenizer,
 )
 from tests.support.checkpoints import build
+from weight_conversion.files.copying import Copier
 
 FAMILIES = ("internlm", "internlm2")
 STEP = "the folder of one step of an InternEvo checkpoint, such as ckpt/1000."
@@ -163,3 +165,45 @@ def test_one_chunk_is_not_spoken_of(family: str, place: Path, tmp_path: Path) ->
     outcome = run_script(f"revert_{family}", [*words, "--pp_size", "9"])
     assert_refused(outcome, "over --pp_size 9 stages: 2 layers are too few for 9 stages")
     assert "chunk" not in outcome.errors
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "written again": lambda path: path.write_bytes(path.read_bytes()),
+    "another file": lambda path: (shutil.copy(path, path.with_suffix(".new")), path.with_suffix(".new").replace(path)),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@over_families
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize(
+    ("script", "source", "file"),
+    [
+        ("convert2hf", "ckpt/1000", "model_tp0_pp0.pt"),
+        ("revert", "ckpt/1000", "model_tp0_pp0.pt"),
+        ("revert", "hf", "model.safetensors"),
+    ],
+)
+def test_weights_that_change_while_they_are_read_are_not_published(
+    script: str,
+    source: str,
+    file: str,
+    change: Callable[[Path], object],
+    family: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As training that saves again, or a copy that is not finished, changes them: here once all of it was read."""
+    for name in ("gather", "scatter"):
+        copied = getattr(Copier, name)
+
+        def and_changed(self: Copier, tasks: Any, copied: Callable = copied) -> Any:
+            result = copied(self, tasks)
+            change(place / source / file)
+            return result
+
+        monkeypatch.setattr(Copier, name, and_changed)
+    outcome = run_script(f"{script}_{family}", command(script, place / source, tmp_path))
+    assert_refused(outcome, file, "was changed while it was being read")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place", "tokenizer.model"]

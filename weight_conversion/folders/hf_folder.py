@@ -23,6 +23,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import LONGEST, ConversionError, naming, shown
 from ..files.safetensors_file import SafetensorsWriter, read_header
+from ..files.stamps import Stamps, stamps_of
 from ..files.torch_file import check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec
 
@@ -55,6 +56,8 @@ class HFFolder:
     format: WeightFormat
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    stamps: Stamps
+    """Of the weight files, before they were read."""
     passed_over: tuple[str, ...] = ()
     """Weight files and indices that were not read, because others come first."""
 
@@ -68,6 +71,7 @@ def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
             "that file: not supported. Save the model again with save_pretrained, or take the setting out."
         )
     weight_map, files = _weight_files(folder, weights)
+    stamps = stamps_of(files)
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in weights.read(path).items():
@@ -81,7 +85,7 @@ def read_folder(folder: Path, weights: WeightFormat) -> HFFolder:
             raise ConversionError(
                 f"{folder / file} lacks tensor {shown(name)}, which {weights.single}{INDEX_SUFFIX} puts there."
             )
-    return HFFolder(folder, weights, config, tensors, _passed_over(folder, weights, weight_map, files))
+    return HFFolder(folder, weights, config, tensors, stamps, _passed_over(folder, weights, weight_map, files))
 
 
 def verify_files(folder: HFFolder) -> None:

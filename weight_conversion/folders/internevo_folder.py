@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, naming, shown
+from ..files.stamps import Stamps, stamps_of
 from ..files.torch_file import TorchFileWriter, check_records, read_plain_dict, read_state_dict, write_plain_dict
 from ..files.views import StoredTensor, TensorSpec
 from .grid import Grid, found_grid
@@ -38,12 +39,13 @@ WORD_EMBEDDINGS = ".word_embeddings"
 class TrainingCheckpoint:
     """An InternEvo checkpoint: its settings and, by name, each tensor of every member of the grid (None: absent).
 
-    `config` are the settings, and `config_file` says where they are from.
+    `config` are the settings, and `config_file` says where they are from; `shards` have the stamps that they had before
+    they were read.
     """
 
     folder: Path
     config_file: Path
-    shards: tuple[Path, ...]
+    shards: Stamps
     grid: Grid
     numbering: Numbering
     config: dict[str, Any]
@@ -88,7 +90,7 @@ def read_checkpoint(folder: Path) -> TrainingCheckpoint:
     config_file = folder / MODEL_CONFIG
     if not config_file.is_file():
         raise ConversionError(f"{config_file} is missing. InternEvo saves it beside the shards; copy it there too.")
-    config = read_plain_dict(config_file)
+    config, stamps = read_plain_dict(config_file), stamps_of(files.values())
     shards = [_Shard(stage, member, path, read_state_dict(path)) for (stage, member), path in files.items()]
     numbering = _numbering(shards)
     tensors: dict[str, list[StoredTensor | None]] = {}
@@ -104,7 +106,7 @@ def read_checkpoint(folder: Path) -> TrainingCheckpoint:
                     f"{folder}."
                 )
             members[shard.member] = tensor
-    return TrainingCheckpoint(folder, config_file, tuple(files.values()), grid, numbering, config, tensors)
+    return TrainingCheckpoint(folder, config_file, stamps, grid, numbering, config, tensors)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..files.casting import Array, Loss, narrows
 from ..files.copying import Copier, Task
 from ..files.dtypes import BFLOAT16, FLOAT16, DType
 from ..files.safetensors_file import read_header
+from ..files.stamps import check_unchanged
 from ..files.views import TensorSpec
 from ..folders.hf_folder import (
     CONFIG,
@@ -107,6 +108,7 @@ def convert(
         if weights.index is not None:
             write_index(folder, weights.index)
         write_json(folder / CONFIG, config)
+        check_unchanged(source.checkpoint.shards)
     reporter.summary(
         len(weights.tensors),
         sum(tensor.nbytes for tensor in weights.tensors.values()),

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ConversionError, UndecidedError, listed, naming, shown
 from ..files.copying import Copier, Move, Task
 from ..files.plain_pickle import dumps
+from ..files.stamps import Stamps, check_unchanged
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec, contiguous_strides
 from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
@@ -107,6 +108,7 @@ class _Source:
     shape: ModelShape
     has_bias: bool
     fulls: Sequence[tuple[Entry, list[StoredTensor]]]
+    stamps: Stamps
     verify_files: Callable[[], None]
     training: Mapping[str, Any] = field(default_factory=dict)
     gathered: Mapping[str, Move] = field(default_factory=dict)
@@ -129,6 +131,7 @@ def revert(family: Family, request: RevertRequest, reporter: Reporter) -> None:
     with publication as folder, naming(folder):
         _write_shards(_tasks(source, run, by_place), writers, request, reporter)
         write_model_config(folder, config)
+        check_unchanged(source.stamps)
     tensors = [tensor for writer in writers for tensor in writer.tensors.values()]
     reporter.summary(len(tensors), sum(tensor.nbytes for tensor in tensors), request.target, verified=request.verify)
 
@@ -172,7 +175,7 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
     fulls = match_hf(tensors, form.table, layout, shape, str(request.source))
     if folder.config.get("tie_word_embeddings"):
         _check_tied(tensors, where)
-    return _Source(folder.config, where, shape, has_bias, fulls, lambda: verify_files(folder))
+    return _Source(folder.config, where, shape, has_bias, fulls, folder.stamps, lambda: verify_files(folder))
 
 
 def _check_tied(tensors: Mapping[str, StoredTensor], where: Path) -> None:
@@ -228,6 +231,7 @@ def _understand_checkpoint(family: Family, request: RevertRequest, reporter: Rep
         found.shape,
         found.has_bias,
         fulls_found,
+        checkpoint.shards,
         lambda: verify_checkpoint(checkpoint),
         _writable_settings(checkpoint),
         gathered,
