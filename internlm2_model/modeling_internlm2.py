@@ -371,11 +371,12 @@ class InternLM2PreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
 
-def packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions [1, T] that restart at 0 with every sequence of a packed row.
+def packed_position_ids(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Positions [B, T] that restart at 0 with every sequence of a packed row.
 
     Args:
-        cu_seqlens: offsets of the sequences' first tokens and the end of the last, [n + 1] or [1, n + 1].
+        cu_seqlens: offsets of the sequences' first tokens and the end of the last, [n + 1] or [1, n + 1]. Up to T they
+            are those of every row; beyond it they count on through the rows, as FlashAttention has them.
 
     Raises:
         ValueError: several rows of offsets.
@@ -386,9 +387,10 @@ def packed_position_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
             f"but its shape is {list(cu_seqlens.shape)}."
         )
     offsets = cu_seqlens.flatten().long()
-    tokens = torch.arange(length, device=offsets.device)
+    tokens = torch.arange(rows * length, device=offsets.device)
+    tokens = torch.where(offsets[-1] > length, tokens, tokens % length)
     sequence = torch.searchsorted(offsets, tokens, right=True) - 1
-    return (tokens - offsets[sequence]).unsqueeze(0)
+    return (tokens - offsets[sequence]).view(rows, length)
 
 
 def padded_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -456,7 +458,7 @@ def token_layout(
             "cu_seqlens keeps the sequences of a row apart, but past_key_values joins them. Pass one of the two."
         )
     if cu_seqlens is not None:
-        packed = packed_position_ids(cu_seqlens, length)
+        packed = packed_position_ids(cu_seqlens, len(hidden_states), length)
         # A prepared mask keeps the sequences apart and the cached tokens in sight; one of padding cannot.
         attention_mask = attention_mask if is_prepared(attention_mask) else None
     elif past_key_values is None and attention_mask is None:
@@ -567,8 +569,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
             use_cache: default is the config's, but False while training.
             output_attentions: with attn_implementation="eager" only.
             indexes, cu_seqlens, max_seqlen: how InternEvo describes a packed row: positions [T] or [1, T],
-                offsets of its sequences [n + 1] or [1, n + 1] (they replace a [B, T] attention_mask), and
-                the length of the longest.
+                offsets of its sequences [n + 1] or [1, n + 1] (they replace a [B, T] attention_mask; of several
+                rows they may count through all), and the length of the longest.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; attention weights wanted from another

@@ -88,6 +88,26 @@ def test_rows_are_packed_differently(family: Family, backend: str) -> None:
 
 
 @over_families
+@over_backends
+@pytest.mark.parametrize(
+    ("offsets", "cuts"),
+    [([0, 33, 40], (33, 33)), ([0, 33, 40, 73, 80], (33, 33)), ([0, 33, 40, 45, 80], (33, 5)), ([0, 40, 80], (40, 40))],
+    ids=str,
+)
+@torch.no_grad()
+def test_offsets_are_of_every_row_or_count_through_them(
+    family: Family, backend: str, offsets: list[int], cuts: tuple[int, int]
+) -> None:
+    """In the first way the rows are alike, in the second FlashAttention has them."""
+    model = family.model("dynamic", attn_implementation=backend)
+    ids = torch.cat((tokens(1, 40, seed=1), tokens(1, 40, seed=2)))
+    logits = model(ids, cu_seqlens=torch.tensor(offsets, dtype=torch.int32)).logits
+    for row, cut in enumerate(cuts):
+        parts = [part for part in (ids[row : row + 1, :cut], ids[row : row + 1, cut:]) if part.shape[1]]
+        assert_near(logits[row : row + 1], separate(model, parts))
+
+
+@over_families
 def test_padding_free_loss_is_the_padded_loss(family: Family) -> None:
     model = family.model()
     rows = [tokens(1, length, seed=length)[0].tolist() for length in LENGTHS if length > 1]
