@@ -670,6 +670,13 @@ BAD_FOLDERS: dict[str, tuple[Change, list[str]]] = {
         lambda place: (bin_files(place), os.truncate(place.hf / "pytorch_model-00002-of-00002.bin", 4000)),
         ["pytorch_model-00002-of-00002.bin", "truncated"],
     ),
+    ".bin files of two saves": (
+        lambda place: (
+            bin_files(place),
+            (place.hf / "pytorch_model-00002-of-00002.bin").rename(place.hf / "pytorch_model-00002-of-00003.bin"),
+        ),
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00003.bin", "several saves"],
+    ),
     "a .bin that is missing": (
         lambda place: (bin_files(place), (place.hf / "pytorch_model-00002-of-00002.bin").unlink()),
         ["hf lacks tensor"],

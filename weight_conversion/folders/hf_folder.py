@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..errors import LONGEST, ConversionError, naming, shown
+from ..errors import LONGEST, ConversionError, listed, naming, shown
 from ..files.safetensors_file import SafetensorsWriter, read_header
 from ..files.stamps import Stamps, stamps_of
 from ..files.torch_file import check_records, read_state_dict
@@ -119,6 +120,12 @@ def _weight_files(folder: Path, weights: WeightFormat) -> tuple[dict[str, str], 
     if not files:
         raise ConversionError(
             f"{folder} holds neither {weights.single} nor {weights.sharded}. {_advice(folder, weights)}"
+        )
+    by_total = {found[0]: path.name for path in files if (found := re.search(r"-of-\d+", path.name))}
+    if len(by_total) > 1:
+        raise ConversionError(
+            f"{folder} holds {listed(sorted(by_total.values()))} without an index: files of several saves. Remove "
+            "those of all but one, or copy the index too."
         )
     return {}, files
 
