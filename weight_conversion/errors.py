@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -18,18 +19,15 @@ class UndecidedError(ConversionError):
     """A checkpoint does not tell something that the user has to say."""
 
 
-class naming:  # noqa: N801 - a context manager, used as a word
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
     """Puts the path into an OSError of an open file, which knows only a number."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(self._path)
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def shown(value: object) -> str:

@@ -16,7 +16,7 @@ processor and on where in a tensor it stands; here it is what torch's portable c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -220,7 +220,8 @@ class _Float32ToBfloat16:
         bits = self._bits[: len(source)]
         _add_half(source, 16, bits)
         np.right_shift(bits, 16, out=target, dtype=np.uint32, casting="unsafe")
-        for nan in _where_nan(source, bits):
+        nan = _where_nan(source, bits)
+        if nan is not None:
             np.copyto(target, 0x7FC0, where=nan)
         return source, target
 
@@ -232,13 +233,13 @@ class _Float32ToFloat16:
     def __call__(self, source: Array, target: Array) -> Pair:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(target.view(np.float16), source.view(np.float32), casting="same_kind")
-        for nan in _where_nan(source, self._work[: len(source)]):
+        nan = _where_nan(source, self._work[: len(source)])
+        if nan is not None:
             np.bitwise_or(target & 0x8000, 0x7E00, out=target, where=nan)
         return source, target
 
 
-def _where_nan(source: Array, work: Array) -> Iterator[Array]:
-    """Where a float32 is NaN; nothing if nowhere, which costs little."""
-    np.left_shift(source, 1, out=work)
-    if work.max() > 2 * INFINITY[FLOAT32]:
-        yield work > 2 * INFINITY[FLOAT32]
+def _where_nan(source: Array, work: Array) -> Array | None:
+    """Where a float32 is NaN, as booleans [n]; None if nowhere, which costs little. `work` [n] is used up."""
+    np.left_shift(source, 1, out=work)  # without the sign
+    return work > 2 * INFINITY[FLOAT32] if work.max() > 2 * INFINITY[FLOAT32] else None

@@ -96,7 +96,7 @@ def _broken(path: Path, what: str) -> ConversionError:
 class SafetensorsWriter:
     """A safetensors file whose layout is known before its tensors are written.
 
-    `tensors` says where each one goes. `seal` has nothing left to do: the header is written when the file is made.
+    `tensors` says where each one goes.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
@@ -134,6 +134,3 @@ class SafetensorsWriter:
         with naming(self.path), self.path.open("xb") as file:
             file.truncate(self.size)
             file.write(self._header)
-
-    def seal(self, checksums: dict[str, int]) -> None:
-        """The format has no checksums: nothing to add."""

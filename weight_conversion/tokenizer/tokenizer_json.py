@@ -22,7 +22,6 @@ import tokenizers
 from .sentencepiece_model import Kind, SentencePieceModel
 
 SPACE = "▁"  # how a piece spells a space
-SPECIAL_KINDS = (Kind.UNKNOWN, Kind.CONTROL)
 
 
 @dataclass(frozen=True)
