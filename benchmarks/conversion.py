@@ -66,8 +66,8 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, wp: int, pp: int, dty
 
     from weight_conversion.folders.grid import ISP_FILES, TENSOR_PARALLEL_FILES, grid_of
     from weight_conversion.folders.internevo_folder import MODEL_CONFIG
+    from weight_conversion.mapping.choices import HALVES, HIDDEN_SPLIT, common_choices
     from weight_conversion.mapping.families import FAMILIES
-    from weight_conversion.mapping.family import HALVES, HIDDEN_SPLIT, common_choices
     from weight_conversion.mapping.matching import copies_of, part_shapes
     from weight_conversion.mapping.rules import ModelShape
 

@@ -18,10 +18,11 @@ What flows through, for either direction:
                 stamps             whether files are what they were when they were first read
     mapping/    table, rules       which tensor becomes which, and how its parts lie in it
                 internlm, internlm2, llama     the rows of each; families lists what can be converted
-                family, form       what a family is, with the rows and choices that all share (isp); what each of its
-                                   Hugging Face folders is
+                rows, choices      the rows that all share; what checkpoints leave open (isp), and what one chose
+                family, form       what a family is; what each of its Hugging Face folders is
+                sizes              a model's sizes from its settings and tensors
                 matching           the tensors found, set against the table
-                hf_settings        config.json in the words of training
+                hf_settings        config.json in the words of training, and the other way round
                 training_settings  what model_config.pt may say
     tokenizer/  tokenizer_files    tokenizer.model to the tokenizer's files: sentencepiece_model reads it,
                                    tokenizer_json makes the fast form, chat_templates the template

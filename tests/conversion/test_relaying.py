@@ -24,8 +24,8 @@ from tests.support.conversions import (
     weights,
 )
 from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
-from weight_conversion.mapping.family import builds_intermediate_size, mlp_ratio
 from weight_conversion.mapping.rules import ModelShape
+from weight_conversion.mapping.sizes import builds_intermediate_size, mlp_ratio
 
 
 def settings(folder: Path) -> dict[str, Any]:

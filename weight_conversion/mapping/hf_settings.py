@@ -1,4 +1,4 @@
-"""What config.json of a Hugging Face folder says, in the words of the training framework."""
+"""What config.json of a Hugging Face folder says in the words of the training framework, and the other way round."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
-from .family import Rope, hf_shape, positive_integer, positive_number
+from .form import Rope
+from .sizes import hf_shape, positive_integer, positive_number
+from .training_settings import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE
 
-DEFAULT_NORM_EPSILON = 1e-6
-"""That of the configuration classes; the framework's own models have another."""
-DEFAULT_POSITIONS = 2048
+HF_NORM_EPSILON, HF_ROPE_BASE, HF_POSITIONS = 1e-6, 10000, 2048
+"""What the configuration classes take where config.json says nothing."""
 FACTORS = ("factor", "scaling_factor")
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "base", *FACTORS}
 WHOLE_HEAD = ("partial_rotary_factor", 1.0)
@@ -27,10 +28,33 @@ def training_settings(config: Mapping[str, Any], where: Path, warn: Callable[[st
         "vocab_size": shape.vocab_size,
         "num_attention_heads": shape.num_heads,
         "num_kv_attention_heads": shape.num_kv_heads,
-        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, DEFAULT_NORM_EPSILON),
+        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, HF_NORM_EPSILON),
         "rope_base": rope.theta,
         "use_dynamic_ntk_rope": rope.dynamic_factor is not None,
-        "max_position_embeddings": positive_integer(config, "max_position_embeddings", where, DEFAULT_POSITIONS),
+        "max_position_embeddings": positive_integer(config, "max_position_embeddings", where, HF_POSITIONS),
+    }
+
+
+def hf_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The keys of config.json that reverting reads, from those of model_config.pt."""
+    base = positive_number(config, "rope_base", where, DEFAULT_ROPE_BASE)
+    return {
+        "rms_norm_eps": positive_number(config, "layer_norm_epsilon", where, DEFAULT_NORM_EPSILON),
+        **hf_rope(Rope(base, 1.0 if config.get("use_dynamic_ntk_rope") else None)),
+        "max_position_embeddings": positive_integer(config, "max_position_embeddings", where, HF_POSITIONS),
+    }
+
+
+def hf_rope(rope: Rope) -> dict[str, Any]:
+    """The rotary settings in the spelling before transformers 5 and in the one since."""
+    theta, factor = rope.theta, rope.dynamic_factor
+    if factor is None:
+        current: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
+        return {"rope_theta": theta, "rope_scaling": None, "rope_parameters": current}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"type": "dynamic", "factor": factor},
+        "rope_parameters": {"rope_theta": theta, "rope_type": "dynamic", "factor": factor},
     }
 
 
@@ -55,7 +79,9 @@ def rope_of(config: Mapping[str, Any], where: Path, warn: Callable[[str], None])
     kind = kinds.pop() if kinds else "default"
     if kind not in ("default", "dynamic"):
         warn(f"rotary scaling {shown(kind)} has no counterpart in InternEvo: only the base is kept.")
-    return Rope(bases.pop() if bases else 10000, (factors.pop() if factors else 1.0) if kind == "dynamic" else None)
+    return Rope(
+        bases.pop() if bases else HF_ROPE_BASE, (factors.pop() if factors else 1.0) if kind == "dynamic" else None
+    )
 
 
 def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, Any]:

@@ -14,16 +14,16 @@ from typing import Any
 from ..errors import ConversionError, UndecidedError, shown
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.specs import INTERNLM_TOKENIZER
-from .family import (
-    BIAS,
-    COMMON_CHOICES,
+from .choices import BIAS, COMMON_CHOICES, choices_found
+from .family import Family
+from .form import Rope
+from .llama import DOWN, EMBEDDING, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, QKV, UP
+from .rows import (
     NARROW,
     RECOMPUTED,
     WIDE,
-    Family,
     Names,
     attention_rows,
-    choices_found,
     embedding_rows,
     gate_up_rows,
     head_rows,
@@ -31,8 +31,6 @@ from .family import (
     norm_row,
     output_bias_rows,
 )
-from .form import Rope
-from .llama import DOWN, EMBEDDING, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, QKV, UP
 from .rules import ModelShape, Separate, Stacked
 from .table import Layout, Row, Table
 

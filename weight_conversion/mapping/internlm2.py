@@ -7,15 +7,15 @@ from typing import Any
 
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.specs import INTERNLM2_TOKENIZER
-from .family import (
-    BIAS,
-    COMMON_CHOICES,
+from .choices import BIAS, COMMON_CHOICES, choices_found
+from .family import Family
+from .form import Rope
+from .llama import DOWN, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, UP
+from .rows import (
     NARROW,
     RECOMPUTED,
-    Family,
     Names,
     attention_rows,
-    choices_found,
     embedding_rows,
     gate_up_rows,
     head_rows,
@@ -23,8 +23,6 @@ from .family import (
     norm_row,
     output_bias_rows,
 )
-from .form import Rope
-from .llama import DOWN, GATE, HEAD, INPUT_NORM, MLP_NORM, NORM, OUT, UP
 from .rules import Grouped, ModelShape, Separate
 from .table import Layout, Table
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from ..errors import ConversionError, listed, shown
 
+DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE = 1e-5, 10000
+"""What the training framework takes where its configuration says nothing."""
+
 READ = frozenset(
     {
         "adapt_hf",

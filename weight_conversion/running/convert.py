@@ -31,16 +31,18 @@ from ..folders.hf_folder import (
 from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_checkpoint, verify_files
 from ..folders.model_folder import HUGGING_FACE
 from ..folders.sources import check_checkpoint
-from ..mapping.family import Family, positive_number
+from ..mapping.family import Family
 from ..mapping.form import Form, Rope
-from ..mapping.hf_settings import training_settings
+from ..mapping.hf_settings import hf_rope, training_settings
 from ..mapping.matching import Match
 from ..mapping.rules import ModelShape
+from ..mapping.sizes import positive_number
+from ..mapping.training_settings import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE
 from ..tokenizer.prepared import TokenizerFacts, TokenizerFiles
 from .meanwhile import Meanwhile
 from .publishing import Publication
 from .reporting import Reporter
-from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, Understood, check_replicas, understood
+from .understanding import Understood, check_replicas, understood
 
 NORMALIZED, RAW = "normalized", "raw"
 
@@ -304,25 +306,12 @@ def _config(form: Form, request: ConvertRequest, source: _Source) -> dict[str, A
         "num_key_value_heads": shape.num_kv_heads,
         "pad_token_id": 2,
         "rms_norm_eps": positive_number(training, "layer_norm_epsilon", where, DEFAULT_NORM_EPSILON),
-        **_rope_config(rope),
+        **hf_rope(rope),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **form.config(shape, source.has_bias, rope),
-    }
-
-
-def _rope_config(rope: Rope) -> dict[str, Any]:
-    """The rotary settings in the spelling before transformers 5 and in the one since."""
-    theta, factor = rope.theta, rope.dynamic_factor
-    if factor is None:
-        current: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
-        return {"rope_theta": theta, "rope_scaling": None, "rope_parameters": current}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {"type": "dynamic", "factor": factor},
-        "rope_parameters": {"rope_theta": theta, "rope_type": "dynamic", "factor": factor},
     }
 
 

@@ -27,27 +27,24 @@ from ..folders.internevo_folder import verify_files as verify_checkpoint
 from ..folders.model_folder import CHECKPOINT
 from ..folders.numbering import Numbering, shared_out
 from ..folders.sources import is_checkpoint
-from ..mapping.family import (
-    HALVES,
-    HIDDEN_SPLIT,
+from ..mapping.choices import HALVES, HIDDEN_SPLIT, VOCABULARY_SPLIT, common_choices
+from ..mapping.family import Family
+from ..mapping.hf_settings import HF_NORM_EPSILON, hf_settings, rope_of
+from ..mapping.matching import Match, copies_of, match_hf, part_shapes, part_specs
+from ..mapping.rows import whole_embedding_name
+from ..mapping.rules import ModelShape, divisors
+from ..mapping.sizes import (
     INTERMEDIATE_MULTIPLE,
-    VOCABULARY_SPLIT,
-    Family,
     builds_intermediate_size,
-    common_choices,
     hf_shape,
     mlp_ratio,
     positive_integer,
     positive_number,
-    whole_embedding_name,
 )
-from ..mapping.hf_settings import DEFAULT_POSITIONS, rope_of
-from ..mapping.matching import Match, copies_of, match_hf, part_shapes, part_specs
-from ..mapping.rules import ModelShape, divisors
 from ..mapping.table import Entry, Layout
 from .publishing import Publication
 from .reporting import Reporter
-from .understanding import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE, check_replicas, understood
+from .understanding import check_replicas, understood
 
 HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
 """With tie_word_embeddings a folder leaves the head out: it is the embedding."""
@@ -226,7 +223,7 @@ def _understand_checkpoint(family: Family, request: RevertRequest, reporter: Rep
     layout = _layout(family, request, found.has_bias, found.layout)
     fulls_found = match_hf(tensors, family.table, layout, found.shape, str(request.source))
     return _Source(
-        _in_words_of_hf(checkpoint),
+        hf_settings(checkpoint.config, checkpoint.config_file),
         checkpoint.config_file,
         found.shape,
         found.has_bias,
@@ -249,18 +246,6 @@ def _writable_settings(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
                 "written again."
             ) from error
     return checkpoint.config
-
-
-def _in_words_of_hf(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
-    """The settings of model_config.pt that reverting takes from config.json."""
-    config, where = checkpoint.config, checkpoint.config_file
-    scaling = {"type": "dynamic", "factor": 1.0} if config.get("use_dynamic_ntk_rope") else None
-    return {
-        "rms_norm_eps": positive_number(config, "layer_norm_epsilon", where, DEFAULT_NORM_EPSILON),
-        "rope_theta": positive_number(config, "rope_base", where, DEFAULT_ROPE_BASE),
-        "rope_scaling": scaling,
-        "max_position_embeddings": positive_integer(config, "max_position_embeddings", where, DEFAULT_POSITIONS),
-    }
 
 
 def _check_sizes(request: RevertRequest, shape: ModelShape, where: Path) -> None:
@@ -408,7 +393,7 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         "mlp_ratio": ratio,
         "norm_type": "rmsnorm",
         "apply_post_layer_norm": False,
-        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, 1e-6),
+        "layer_norm_epsilon": positive_number(config, "rms_norm_eps", where, HF_NORM_EPSILON),
         "rope_base": rope.theta,
         "use_flash_attn": request.use_flash,
         "qk_interleaved": False,

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from ..errors import ConversionError, shown
 from ..files.copying import Copier, Move
 from ..folders.internevo_folder import TrainingCheckpoint
-from ..mapping.family import Family, training_shape
+from ..mapping.family import Family
 from ..mapping.matching import Parts, match_training
 from ..mapping.rules import ModelShape
+from ..mapping.sizes import training_shape
 from ..mapping.table import Entry, Layout, Table
 from ..mapping.training_settings import check_settings
-
-DEFAULT_NORM_EPSILON = 1e-5
-DEFAULT_ROPE_BASE = 10000
-"""What the training framework takes where its configuration says nothing."""
 
 
 @dataclass(frozen=True)
