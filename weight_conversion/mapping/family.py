@@ -27,6 +27,9 @@ class Family:
     model_type: str
     package: str
     table: Table
+    embedding: str
+    head: str
+    """The names of these two tensors in the family's own Hugging Face folder."""
     tokenizer: TokenizerSpec
     layout_found: Callable[[TrainingCheckpoint, int | None, Callable[[str], None]], Layout]
     """(checkpoint, --version or None, warn) -> the choices that its tensors were saved under."""
@@ -36,9 +39,10 @@ class Family:
     """Keys of config.json that only this family has."""
     training_config: Callable[[ModelShape, Mapping[str, Any], Rope], dict[str, Any]]
     """(shape, config.json, rope) -> keys of model_config.pt that only this family has."""
-
     shares_kv_heads: bool = True
     """Whether there may be fewer key/value heads than query heads."""
+    bias_warning: str | None = None
+    """What to say of a model with biases in the family's own folder."""
 
     @property
     def code(self) -> Path:
@@ -47,7 +51,18 @@ class Family:
     @cached_property
     def forms(self) -> dict[str, Form]:
         """The forms that a Hugging Face folder may have, by their `model_type`; the family's own one first."""
-        own = Form(self.name, self.model_type, self.code, self.table, self.tokenizer, self._own_config, _check_own)
+        own = Form(
+            name=self.name,
+            model_type=self.model_type,
+            code=self.code,
+            table=self.table,
+            embedding=self.embedding,
+            head=self.head,
+            tokenizer=self.tokenizer,
+            config=self._own_config,
+            check=_check_own,
+            bias_warning=self.bias_warning,
+        )
         return {form.model_type: form for form in (own, llama.llama_form(self.table, self.tokenizer))}
 
     def _own_config(self, shape: ModelShape, has_bias: bool, rope: Rope) -> dict[str, Any]:

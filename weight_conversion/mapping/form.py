@@ -31,11 +31,16 @@ class Form:
     code: Path | None
     """The model package that is copied beside the weights; None where transformers itself has the classes."""
     table: Table
+    embedding: str
+    head: str
+    """The names of these two tensors; with tie_word_embeddings a folder leaves the head out: it is the embedding."""
     tokenizer: TokenizerSpec
     config: Callable[[ModelShape, bool, Rope], dict[str, Any]]
     """(shape, has biases, rope) -> keys of config.json that only this form has."""
     check: Callable[[Mapping[str, Any], ModelShape, bool, Path], None]
     """(config.json, shape, has biases, its path): ConversionError where it says what the family cannot be."""
+    bias_warning: str | None = None
+    """What to say of a model with biases, which some tools drop."""
 
 
 Setting = tuple[str, Any, Any, str]

@@ -35,6 +35,13 @@ ONE = (Grouped(), [f"{LAYER}.attention.wqkv"])
 THREE = (Separate(), [f"{LAYER}.attention.wq", f"{LAYER}.attention.wk", f"{LAYER}.attention.wv"])
 IN_PIECES = (Grouped(), THREE[1])
 HF_ONE = (Grouped(), [f"{HF_LAYER}.attention.wqkv"])
+HF_EMBEDDING, HF_HEAD = "model.tok_embeddings.weight", "output.weight"
+
+DROPPED_BIASES = (
+    "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch), mlx-lm and vLLM with this "
+    "project's plugin use them; SGLang, and vLLM without the plugin, drop the biases of InternLM2 silently and "
+    "answer wrongly. They keep those of --format llama."
+)
 
 
 def _same(name: str, llama: str) -> Names:
@@ -45,7 +52,7 @@ def _same(name: str, llama: str) -> Names:
 # fmt: off
 TABLE = Table(
     rows=(
-        *embedding_rows("tok_embeddings", "model.tok_embeddings.weight"),
+        *embedding_rows("tok_embeddings", HF_EMBEDDING),
         *attention_rows(ONE, HF_ONE, "weight", FUSED),
         *attention_rows(THREE, HF_ONE, "weight", SEPARATE),
         *attention_rows(IN_PIECES, HF_ONE, "weight", PIECES),
@@ -59,7 +66,7 @@ TABLE = Table(
         norm_row(_same("attention_norm.weight", INPUT_NORM)),
         norm_row(_same("ffn_norm.weight", MLP_NORM)),
         norm_row(("norm.weight", "model.norm.weight", NORM)),
-        *head_rows(("output.weight", "output.weight", HEAD)),
+        *head_rows(("output.weight", HF_HEAD, HEAD)),
     ),
     choices=((FUSED, SEPARATE, PIECES), *COMMON_CHOICES),
     ignored=RECOMPUTED,
@@ -114,9 +121,12 @@ INTERNLM2 = Family(
     model_type="internlm2",
     package="internlm2_model",
     table=TABLE,
+    embedding=HF_EMBEDDING,
+    head=HF_HEAD,
     tokenizer=INTERNLM2_TOKENIZER,
     layout_found=_layout_found,
     layout_written=_layout_written,
     hf_config=_hf_config,
     training_config=_training_config,
+    bias_warning=DROPPED_BIASES,
 )

@@ -35,6 +35,8 @@ def llama_form(table: Table, tokenizer: TokenizerSpec) -> Form:
         model_type=MODEL_TYPE,
         code=None,
         table=table.as_llama(),
+        embedding=EMBEDDING,
+        head=HEAD,
         tokenizer=tokenizer.without_code(),
         config=_config,
         check=_check,

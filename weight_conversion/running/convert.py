@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ PADDED_TO = 1024
 
 @dataclass(frozen=True)
 class _Source(Understood):
-    normalizes_head: bool
+    normalized: str | None
+    """The head, where it is to be written with its rows normalised."""
 
 
 def convert(
@@ -100,7 +101,8 @@ def convert(
     weights = plan_weights(publication.folder, _hf_specs(source, request.dtype), request.max_shard)
     publication.check_space(sum(writer.size for writer in weights.writers))
     config = _config(form, request, source)
-    _warn(form, request, source, pieces, reporter)
+    for warning in _warnings(form, request, source, pieces):
+        reporter.warn(warning)
     with publication as folder, naming(folder):
         _write_weights(source, weights, request, reporter)
         copy_code(modules, folder)
@@ -131,7 +133,7 @@ def _understand(family: Family, form: Form, request: ConvertRequest, reporter: R
     check_checkpoint(request.source)
     checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
     found = understood(family, form.table, checkpoint, request.version, reporter.warn)
-    return _Source(**vars(found), normalizes_head=_normalizes_head(checkpoint, request))
+    return _Source(**vars(found), normalized=form.head if _normalizes_head(checkpoint, request) else None)
 
 
 def _with_true_settings(
@@ -188,40 +190,38 @@ def _hf_specs(source: _Source, dtype: DType) -> list[TensorSpec]:
     return [TensorSpec(name, shape, dtype) for name, shape in named]
 
 
-def _warn(form: Form, request: ConvertRequest, source: _Source, pieces: int, reporter: Reporter) -> None:
+def _warnings(form: Form, request: ConvertRequest, source: _Source, pieces: int) -> Iterator[str]:
+    """What to say of a conversion that is right but may not be the one that was wanted."""
+    training = source.checkpoint.config
     if source.shape.vocab_size - pieces >= PADDED_TO:
-        reporter.warn(
+        yield (
             f"{request.tokenizer} has {pieces} pieces, the model's vocabulary {source.shape.vocab_size}: "
             "more rows are without a piece than padding adds. See that it is the tokenizer that the model was trained "
             "with."
         )
-    if source.has_bias and form.model_type == "internlm2":
-        reporter.warn(
-            "this InternLM2 model has attention biases. transformers, lmdeploy (PyTorch), mlx-lm and vLLM with this "
-            "project's plugin use them; SGLang, and vLLM without the plugin, drop the biases of InternLM2 silently and "
-            "answer wrongly. They keep those of --format llama."
-        )
+    if source.has_bias and form.bias_warning is not None:
+        yield form.bias_warning
     if form.code is None and request.dynamic_factor is not None:
-        reporter.warn(
+        yield (
             f"beyond {request.max_position_embeddings} tokens, dynamic NTK scaling of a Llama is that of this model "
             "for one sequence at a time in transformers, not while an InternLM model generates; vLLM's own classes and "
             "llama.cpp compute something else without an error."
         )
-    if source.normalizes_head and request.norm_head is None:
-        reporter.warn(
+    if source.normalized is not None and request.norm_head is None:
+        yield (
             "norm_head is set: the output weight is written with its rows normalised, as training uses it. InternEvo "
             "0.5.1 and 0.5.2 use it as it is: for a model that they trained, pass --norm_head raw."
         )
-    if source.checkpoint.config.get("use_dynamic_ntk_rope") and request.dynamic_factor is None:
-        reporter.warn("the model was trained with use_dynamic_ntk_rope; --rotary_type origin writes no scaling.")
-    trained_positions = source.checkpoint.config.get("max_position_embeddings", request.max_position_embeddings)
+    if training.get("use_dynamic_ntk_rope") and request.dynamic_factor is None:
+        yield "the model was trained with use_dynamic_ntk_rope; --rotary_type origin writes no scaling."
+    trained_positions = training.get("max_position_embeddings", request.max_position_embeddings)
     if trained_positions != request.max_position_embeddings:
-        reporter.warn(
+        yield (
             f"{source.checkpoint.config_file.name} says max_position_embeddings = {shown(trained_positions)}, the "
             f"folder gets {request.max_position_embeddings} from --max_pos."
         )
     if "." in request.target.name and form.code is not None:
-        reporter.warn(
+        yield (
             f"the folder name {request.target.name!r} has a dot, with which some transformers versions cannot load "
             "remote code from a folder."
         )
@@ -231,7 +231,7 @@ def _write_weights(source: _Source, weights: WeightFiles, request: ConvertReques
     tensors = weights.tensors
     tasks: list[Task] = [
         [
-            replace(move, transform=_normalize_rows) if source.normalizes_head and move.full.name in HEADS else move
+            replace(move, transform=_normalize_rows) if move.full.name == source.normalized else move
             for move in Match(entry, [tensors[name] for name in entry.hf], copies[:1]).moves(source.shape)
         ]
         for entry, copies in source.parts
@@ -274,7 +274,6 @@ def _judge(losses: Mapping[str, Loss], request: ConvertRequest, reporter: Report
 
 
 LARGER_TYPES = {FLOAT16: "Choose --dtype bfloat16 or float32.", BFLOAT16: "Choose --dtype float32."}
-HEADS = ("output.weight", "lm_head.weight")
 
 
 def _normalize_rows(rows: Array) -> None:

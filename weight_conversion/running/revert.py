@@ -29,6 +29,7 @@ from ..folders.numbering import Numbering, shared_out
 from ..folders.sources import is_checkpoint
 from ..mapping.choices import HALVES, HIDDEN_SPLIT, VOCABULARY_SPLIT, common_choices
 from ..mapping.family import Family
+from ..mapping.form import Form
 from ..mapping.hf_settings import HF_NORM_EPSILON, hf_settings, rope_of
 from ..mapping.matching import Match, copies_of, match_hf, part_shapes, part_specs
 from ..mapping.rows import whole_embedding_name
@@ -44,10 +45,7 @@ from ..mapping.sizes import (
 from ..mapping.table import Entry, Layout
 from .publishing import Publication
 from .reporting import Reporter
-from .understanding import check_replicas, understood
-
-HEAD_OF = {"output.weight": "model.tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
-"""With tie_word_embeddings a folder leaves the head out: it is the embedding."""
+from .understanding import Understood, check_replicas, understood
 
 
 @dataclass(frozen=True)
@@ -163,31 +161,35 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
     family.check_heads(shape, where)
     _check_sizes(request, shape, where)
     tensors = dict(folder.tensors)
-    for head, embedding in HEAD_OF.items():
-        if folder.config.get("tie_word_embeddings") and embedding in tensors:
-            tensors.setdefault(head, tensors[embedding])
+    if folder.config.get("tie_word_embeddings") and form.embedding in tensors:
+        tensors.setdefault(form.head, tensors[form.embedding])
     has_bias = any(name.endswith(".bias") for name in tensors)
     form.check(folder.config, shape, has_bias, where)
     layout = _layout(family, request, has_bias, frozenset())
     fulls = match_hf(tensors, form.table, layout, shape, str(request.source))
     if folder.config.get("tie_word_embeddings"):
-        _check_tied(tensors, where)
-    return _Source(folder.config, where, shape, has_bias, fulls, folder.stamps, lambda: verify_files(folder))
+        _check_tied(form, tensors, where)
+    return _Source(
+        config=folder.config,
+        where=where,
+        shape=shape,
+        has_bias=has_bias,
+        fulls=fulls,
+        stamps=folder.stamps,
+        verify_files=lambda: verify_files(folder),
+    )
 
 
-def _check_tied(tensors: Mapping[str, StoredTensor], where: Path) -> None:
-    """ConversionError where a head is not the embedding to which config.json ties it."""
-    for head, embedding in HEAD_OF.items():
-        if head not in tensors:
-            continue
-        one, other = tensors[head], tensors[embedding]
-        moves = [Move(one, ((one.view(), other.view()),))]
-        if one.dtype != other.dtype or any(Copier(lambda _: None).differences([moves])):
-            raise ConversionError(
-                f"{where}: tie_word_embeddings is true, but tensor {shown(head)} in {one.path} is not "
-                f"{shown(embedding)}. transformers 4 computes with the embedding in its place, 5 with the tensor: set "
-                "tie_word_embeddings to false to keep the tensor, or take the tensor out."
-            )
+def _check_tied(form: Form, tensors: Mapping[str, StoredTensor], where: Path) -> None:
+    """ConversionError where the head is not the embedding to which config.json ties it."""
+    head, embedding = tensors[form.head], tensors[form.embedding]
+    moves = [Move(head, ((head.view(), embedding.view()),))]
+    if head.dtype != embedding.dtype or any(Copier(lambda _: None).differences([moves])):
+        raise ConversionError(
+            f"{where}: tie_word_embeddings is true, but tensor {shown(form.head)} in {head.path} is not "
+            f"{shown(form.embedding)}. transformers 4 computes with the embedding in its place, 5 with the tensor: set "
+            "tie_word_embeddings to false to keep the tensor, or take the tensor out."
+        )
 
 
 def _understand_checkpoint(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
@@ -211,28 +213,32 @@ def _understand_checkpoint(family: Family, request: RevertRequest, reporter: Rep
         ) from error
     _check_sizes(request, found.shape, checkpoint.config_file)
     check_replicas(found)
-    gathered: dict[str, Move] = {}
-    for entry, copies in found.parts:
-        named = zip(entry.hf, entry.hf_shapes, strict=True)
-        dtype = copies[0][0][0].dtype
-        fulls = [
-            StoredTensor(name, request.source, 0, dtype, sizes, contiguous_strides(sizes)) for name, sizes in named
-        ]
-        gathered |= {move.full.name: move for move in Match(entry, fulls, copies[:1]).moves(found.shape)}
+    gathered = _gathering_moves(found)
     tensors = {name: move.full for name, move in gathered.items()}
     layout = _layout(family, request, found.has_bias, found.layout)
-    fulls_found = match_hf(tensors, family.table, layout, found.shape, str(request.source))
+    fulls = match_hf(tensors, family.table, layout, found.shape, str(request.source))
     return _Source(
-        hf_settings(checkpoint.config, checkpoint.config_file),
-        checkpoint.config_file,
-        found.shape,
-        found.has_bias,
-        fulls_found,
-        checkpoint.shards,
-        lambda: verify_checkpoint(checkpoint),
-        _writable_settings(checkpoint),
-        gathered,
+        config=hf_settings(checkpoint.config, checkpoint.config_file),
+        where=checkpoint.config_file,
+        shape=found.shape,
+        has_bias=found.has_bias,
+        fulls=fulls,
+        stamps=checkpoint.shards,
+        verify_files=lambda: verify_checkpoint(checkpoint),
+        training=_writable_settings(checkpoint),
+        gathered=gathered,
     )
+
+
+def _gathering_moves(found: Understood) -> dict[str, Move]:
+    """By the name of each full tensor, which lies in no file, the move that gathers it."""
+    moves: dict[str, Move] = {}
+    for entry, copies in found.parts:
+        named = zip(entry.hf, entry.hf_shapes, strict=True)
+        dtype, folder = copies[0][0][0].dtype, found.checkpoint.folder
+        fulls = [StoredTensor(name, folder, 0, dtype, sizes, contiguous_strides(sizes)) for name, sizes in named]
+        moves |= {move.full.name: move for move in Match(entry, fulls, copies[:1]).moves(found.shape)}
+    return moves
 
 
 def _writable_settings(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
@@ -368,15 +374,7 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
     shape, config, where = source.shape, source.config, source.where
     rope = rope_of(config, where, reporter.warn)
     positions = positive_integer(config, "max_position_embeddings", where)
-    if not request.hidden_split and request.tp_size > 1:
-        reporter.warn(
-            "the embedding is split along the vocabulary, which InternEvo of early 2024 builds with use_flash_attn "
-            "only (--use_flash says so in model_config.pt). InternEvo 0.3.13, 0.4.9, 0.5.x and later split it along "
-            "the hidden size always, and start from a RANDOM embedding: for them revert with --embed_split."
-        )
-    dtypes = {fulls[0].dtype for _, fulls in source.fulls}
-    if len(dtypes) > 1:
-        reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
+    _warn(request, source, reporter)
     multiple = _multiple(source, reporter)
     ratio = _mlp_ratio(source, multiple, reporter)
     built = {
@@ -416,6 +414,18 @@ def _training_config(family: Family, request: RevertRequest, source: _Source, re
         **{key: value for key, value in _decided_if_said(source).items() if key in source.training},
         **({"use_flash_attn": True} if request.use_flash else {}),
     }
+
+
+def _warn(request: RevertRequest, source: _Source, reporter: Reporter) -> None:
+    if not request.hidden_split and request.tp_size > 1:
+        reporter.warn(
+            "the embedding is split along the vocabulary, which InternEvo of early 2024 builds with use_flash_attn "
+            "only (--use_flash says so in model_config.pt). InternEvo 0.3.13, 0.4.9, 0.5.x and later split it along "
+            "the hidden size always, and start from a RANDOM embedding: for them revert with --embed_split."
+        )
+    dtypes = {fulls[0].dtype for _, fulls in source.fulls}
+    if len(dtypes) > 1:
+        reporter.warn(f"the weights are of several types {sorted(map(str, dtypes))}; each is kept as it is.")
 
 
 DECIDED = ("num_chunks", "embed_split_hidden", "qk_interleaved", "mlp_layer_fusion", "mlp_ratio", "multiple_of")
