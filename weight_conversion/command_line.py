@@ -22,23 +22,24 @@ from .signals import EndedBySignal, raised_once
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+NOTHING_WRITTEN = "Nothing was written under --tgt"
 ADVICE = {
-    errno.EMFILE: "Nothing was written under --tgt; raise the limit on open files (ulimit -n).",
-    errno.EIO: "Nothing was written under --tgt; check the disk of this file, and copy the file again.",
-    errno.ENOMEM: "Nothing was written under --tgt; raise the limit on memory (ulimit -v), or end other programs.",
-    errno.ENOSPC: "Nothing was written under --tgt; make room on its disk and run again.",
-    errno.EDQUOT: "Nothing was written under --tgt; your quota on its disk is used up.",
-    errno.EFBIG: "Nothing was written under --tgt; raise the limit on file sizes (ulimit -f).",
-    errno.EROFS: "Nothing was written under --tgt; choose one on a disk that can be written.",
-    errno.EACCES: "Nothing was written under --tgt; check the permissions.",
+    errno.EMFILE: "raise the limit on open files (ulimit -n).",
+    errno.EIO: "check the disk of this file, and copy the file again.",
+    errno.ENOMEM: "raise the limit on memory (ulimit -v), or end other programs.",
+    errno.ENOSPC: "make room on its disk and run again.",
+    errno.EDQUOT: "your quota on its disk is used up.",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f).",
+    errno.EROFS: "choose one on a disk that can be written.",
+    errno.EACCES: "check the permissions.",
 }
-ADVICE_TO_CONVERT = {errno.EFBIG: ADVICE[errno.EFBIG].replace(").", ") or lower --max_shard.")}
+"""What a sentence on an error of the system goes on with, by its number, after NOTHING_WRITTEN."""
+ADVICE_TO_CONVERT = {errno.EFBIG: "raise the limit on file sizes (ulimit -f) or lower --max_shard."}
 
 ADDRESS_SPACE_NEEDED = 200 << 20
 """What the libraries reserve, most of it never used: 166 MB, and some for the threads."""
 
 DTYPES = ("float16", "bfloat16", "float32")
-
 
 MAX_POS = "max_position_embeddings of the model (the length it was trained with; not taken from the checkpoint)"
 
@@ -345,14 +346,8 @@ def _status(action: Callable[[], None], advice: Mapping[int, str] = ADVICE) -> i
         with raised_once():
             _check_address_space()
             action()
-    except ConversionError as error:
-        status, sentence = 1, f"error: {error}"
-    except OSError as error:
-        paths = [str(path) for path in (error.filename, error.filename2) if path]
-        where = f"{' -> '.join(paths)}: " if paths else ""
-        status, sentence = 1, f"error: {where}{error.strerror or error}. {_advice(error, advice)}"
-    except (MemoryError, ImportError) as error:
-        status, sentence = 1, f"error: {str(error) or 'memory ran out'}. {_shortage(error)}"
+    except (ConversionError, OSError, MemoryError, ImportError) as error:
+        status, sentence = 1, f"error: {_failure(error, advice)}"
     except EndedBySignal as end:
         word = "interrupted" if end.number == signal.SIGINT else f"ended by {end.number.name}"
         status, sentence = end.status, f"{word}: --tgt is as it was before, or complete"
@@ -373,14 +368,19 @@ def _check_address_space() -> None:
         )
 
 
-def _advice(error: OSError, advice: Mapping[int, str]) -> str:
-    return advice.get(error.errno or 0, "Nothing was written under --tgt.")
-
-
-def _shortage(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return "Nothing was written under --tgt; install what this folder needs: pip install ."
-    return "Nothing was written under --tgt; raise the limit on memory (ulimit -v), or end other programs."
+def _failure(error: Exception, advice: Mapping[int, str]) -> str:
+    """What stopped a run, and what to do about it."""
+    if isinstance(error, ConversionError):
+        return str(error)
+    if isinstance(error, OSError):
+        paths = [str(path) for path in (error.filename, error.filename2) if path]
+        what = f"{' -> '.join(paths)}: {error.strerror or error}" if paths else error.strerror or str(error)
+        remedy = advice.get(error.errno or 0)
+    elif isinstance(error, ModuleNotFoundError):
+        what, remedy = str(error), "install what this folder needs: pip install ."
+    else:  # so an import may end, too: of a library that gets too little memory
+        what, remedy = str(error) or "memory ran out", ADVICE[errno.ENOMEM]
+    return f"{what}. {NOTHING_WRITTEN}; {remedy}" if remedy else f"{what}. {NOTHING_WRITTEN}."
 
 
 def _end_without_hanging_threads(status: int) -> None:
