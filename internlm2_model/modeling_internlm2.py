@@ -371,6 +371,24 @@ class InternLM2PreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
 
+def packed_row(
+    position_ids: torch.Tensor | None,
+    indexes: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Positions [B, T] and offsets of packed sequences, None where not given, in whichever words a caller has for them.
+
+    Args:
+        indexes, cu_seqlens: InternEvo's: positions [T] or [1, T], offsets [n + 1] or [1, n + 1].
+        cu_seq_lens_q: the offsets in transformers' data collators.
+    """
+    if position_ids is None and indexes is not None:
+        position_ids = torch.atleast_2d(indexes)
+    return position_ids, cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+
+
 def packed_position_ids(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     """Positions [B, T] that restart at 0 with every sequence of a packed row.
 
@@ -585,19 +603,9 @@ class InternLM2Model(InternLM2PreTrainedModel):
         output_attentions = _gives_attentions(config, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not self.is_in_internevo
-        if isinstance(past_key_values, (tuple, list)):
-            past_key_values = DynamicCache(past_key_values)
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            if past_key_values is not None and past_key_values.get_seq_length():
-                raise ValueError("Activation checkpointing runs layers twice; what is cached cannot be attended to.")
-            past_key_values, use_cache = None, False
+        past_key_values, use_cache = self._cache_of_pass(past_key_values, use_cache)
         hidden_states = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, H]
-        if position_ids is None and indexes is not None:
-            position_ids = torch.atleast_2d(indexes)
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.get("cu_seq_lens_q")  # the name in transformers' data collators
+        position_ids, cu_seqlens = packed_row(position_ids, indexes, cu_seqlens, **kwargs)
         slots = given_slots(kwargs)
         layout = token_layout(hidden_states, position_ids, attention_mask, past_key_values, cu_seqlens, slots)
         # transformers looks for packed sequences only where there is no cache: the mask comes before it.
@@ -632,6 +640,18 @@ class InternLM2Model(InternLM2PreTrainedModel):
             **{CACHE_NAME: past_key_values},
         )
 
+    def _cache_of_pass(self, past_key_values: Any, use_cache: bool | None) -> tuple[Any, bool]:
+        """The cache that was given, and whether one is to be made; none while activation checkpointing trains."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not self.is_in_internevo
+        if isinstance(past_key_values, (tuple, list)):
+            past_key_values = DynamicCache(past_key_values)
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return past_key_values, use_cache
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError("Activation checkpointing runs layers twice; what is cached cannot be attended to.")
+        return None, False
+
     def _packed_arguments(
         self, hidden_states: torch.Tensor, layout: TokenLayout, max_seqlen: int | None
     ) -> dict[str, Any]:
@@ -653,9 +673,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
     def _check_paged(self, lengths: torch.Tensor) -> None:
         """Raise ValueError where dynamic NTK scaling would need to know the length of a prompt that comes in pieces."""
         trained = self.config.max_position_embeddings
-        if (
-            lengths.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):  # nothing may be read while a CUDA graph is captured
+        # Nothing may be read while a CUDA graph is captured.
+        if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
             torch._assert_async((lengths <= trained).all(), "A sequence is longer than max_position_embeddings.")
         elif (longest := int(lengths.max())) > trained:
             raise ValueError(
@@ -791,17 +810,13 @@ class InternLM2ForSequenceClassification(InternLM2PreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # [B, T, H]
-        if position_ids is None and kwargs.get("indexes") is not None:
-            position_ids = torch.atleast_2d(kwargs["indexes"])
-        offsets = next((kwargs[name] for name in ("cu_seqlens", "cu_seq_lens_q") if kwargs.get(name) is not None), None)
+        position_ids, offsets = packed_row(position_ids, **kwargs)
         packed = token_layout(hidden_states, position_ids, attention_mask, past_key_values, offsets).packed
         if packed is not None and bool((packed.diff(dim=-1) != 1).any()):
-            logits = self.score(hidden_states.flatten(0, 1)[self._last_of_packed(hidden_states, input_ids, packed)])
+            last = hidden_states.flatten(0, 1)[self._last_of_packed(hidden_states, input_ids, packed)]  # [n, H]
         else:
-            rows = torch.arange(len(hidden_states), device=hidden_states.device)
-            logits = self.score(
-                hidden_states[rows, last_tokens(self.config.pad_token_id, hidden_states, input_ids, attention_mask)]
-            )
+            last = last_states(self.config.pad_token_id, hidden_states, input_ids, attention_mask)  # [B, H]
+        logits = self.score(last)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -828,22 +843,23 @@ class InternLM2ForSequenceClassification(InternLM2PreTrainedModel):
         return (ends & (tokens[number] > 0)).nonzero().flatten()
 
 
-def last_tokens(
+def last_states(
     pad_token_id: int | None,
     hidden_states: torch.Tensor,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Column of each row's last real token, [B], by the mask, or else by what is not padding in input_ids."""
+    """Of each row's last real token, [B, T, H] -> [B, H]: by the mask, or else by what is not padding in input_ids."""
     length = hidden_states.shape[1]
-    columns = torch.arange(length, device=hidden_states.device)
     if attention_mask is not None and not is_prepared(attention_mask):
         real = attention_mask[:, -length:] != 0
     elif input_ids is not None and pad_token_id is not None:
         real = input_ids != pad_token_id
     else:
-        return columns[-1:].expand(len(hidden_states))
-    return (columns * real.to(columns.device)).argmax(-1)
+        return hidden_states[:, -1]
+    rows = torch.arange(len(hidden_states), device=hidden_states.device)
+    columns = torch.arange(length, device=hidden_states.device)
+    return hidden_states[rows, (columns * real.to(columns.device)).argmax(-1)]
 
 
 class InternLM2ForTokenClassification(InternLM2PreTrainedModel):
@@ -986,11 +1002,9 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state  # [B, T, H]
-        rows = torch.arange(len(hidden_states), device=hidden_states.device)
-        last = last_tokens(self.config.pad_token_id, hidden_states, input_ids, attention_mask)
+        last = last_states(self.config.pad_token_id, outputs.last_hidden_state, input_ids, attention_mask)  # [B, H]
         return SequenceClassifierOutputWithPast(
-            logits=self.v_head(hidden_states[rows, last]),
+            logits=self.v_head(last),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
