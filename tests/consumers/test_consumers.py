@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.checkpoints import build
+from tests.support.conversions import convert
 from tests.support.model_families import FAMILIES, INTERNLM, INTERNLM2, Family
 from tests.support.tokenizer_fixture import train_tokenizer
-from weight_conversion.command_line import convert_parser, run_convert
 
 Raw = dict[str, Any]
 
@@ -58,9 +58,8 @@ def converted(family: Family, rope: str, folder: Path) -> Path:
     """What the conversion script writes."""
     build(folder / "training", family.name, tp=2, bias=BIAS[family], config={"rope_base": THETA}, dtype=torch.bfloat16)
     tokenizer = train_tokenizer(folder / "tokenizer.model")
-    parser = convert_parser("convert", family.name, 1.0, versions=family is INTERNLM)
-    paths = ["--src", str(folder / "training"), "--tgt", str(folder / "hf"), "--tokenizer", str(tokenizer)]
-    assert run_convert(family.name, parser.parse_args([*paths, "--rotary_type", rope, "--scaling_factor", "2"])) == 0
+    flags = ["--rotary_type", rope, "--scaling_factor", "2"]
+    convert(family.name, folder / "training", folder / "hf", tokenizer, *flags)
     return folder / "hf"
 
 

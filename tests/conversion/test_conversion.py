@@ -30,13 +30,15 @@ from tests.support.conversions import (
     assert_same,
     change_settings,
     convert,
+    convert_refusal,
     names_of,
     real_checkpoints,
     revert,
+    save_as_bin,
     shards,
     weights,
 )
-from weight_conversion.command_line import _status, convert_parser, revert_parser, run_convert, run_revert
+from weight_conversion.command_line import _status, convert_parser
 from weight_conversion.files.torch_file import read_plain_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -119,9 +121,9 @@ def test_every_layout_gives_the_same_model(
     assert_same(weights(tmp_path / "hf"), full)
 
 
-@pytest.mark.parametrize(("fused", "said"), [(True, False), (False, True), (None, True)])
+@pytest.mark.parametrize("fused", [True, False, None])
 def test_three_weights_and_pieces_of_one_have_the_same_names(
-    fused: bool | None, said: bool, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fused: bool | None, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only enable_qkv_fusion tells: where it is left out, InternLM2 of InternEvo has one weight, and that is said."""
     omit = ("enable_qkv_fusion",) if fused is None else ()
@@ -196,7 +198,7 @@ def test_a_normalised_head_that_training_used_raw(
     raw = torch.cat([shard["output.weight"] for shard in shards(tmp_path / "a").values()])
     assert torch.equal(weights(tmp_path / "raw")["output.weight"], raw)
     build(tmp_path / "plain", "internlm2")
-    refused = refusal("internlm2", tmp_path / "plain", tokenizer, capsys, "--norm_head", "raw")
+    refused = convert_refusal("internlm2", tmp_path / "plain", tokenizer, capsys, "--norm_head", "raw")
     assert "does not set norm_head" in refused
 
 
@@ -218,16 +220,6 @@ def test_the_last_line_says_what_was_rounded(
     name = str(stored).removeprefix("torch.")
     assert (f"rounded from {name} to {written} (--dtype)" in text) == rounds
     assert f"equals its source{', rounded' if rounds else ''}." in text
-
-
-def refusal(family: str, source: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
-    """The sentence with which the conversion is refused; nothing is written."""
-    target = source.parent / "refused"
-    parser = convert_parser("convert", family, 1.0, versions=family == "internlm")
-    words = ["--src", str(source), "--tgt", str(target), "--tokenizer", str(tokenizer), *more]
-    assert run_convert(family, parser.parse_args(words)) == 1
-    assert not target.exists()
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -256,7 +248,7 @@ def test_training_on_the_hugging_face_class_comes_back(
     """Its settings are those of the class, whatever the training configuration says: they are asked for."""
     wrong = {"layer_norm_epsilon": 1e-3, "num_attention_heads": 8, "rope_base": 5}
     full = build(tmp_path / "a", family, hf_class=True, bias=bias, config=wrong, **choices)
-    assert "--config" in refusal(family, tmp_path / "a", tokenizer, capsys)
+    assert "--config" in convert_refusal(family, tmp_path / "a", tokenizer, capsys)
     build(tmp_path / "native", family, bias=bias)
     convert(family, tmp_path / "native", tmp_path / "class", tokenizer)
     config = tmp_path / "class" / "config.json"
@@ -268,7 +260,9 @@ def test_training_on_the_hugging_face_class_comes_back(
         written = json.loads((target / "config.json").read_text())
         assert (written["rms_norm_eps"], written["num_attention_heads"], written["bias"]) == (3e-6, 4, bias)
         assert written["rope_theta"] == 10000
-    assert "Leave --config out" in refusal(family, tmp_path / "native", tokenizer, capsys, "--config", str(config))
+    assert "Leave --config out" in convert_refusal(
+        family, tmp_path / "native", tokenizer, capsys, "--config", str(config)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -281,10 +275,10 @@ def test_a_config_that_is_not_the_trained_one_is_named(
     config = tmp_path / "class" / "config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"hidden_size": 2 * settings["hidden_size"]}))
-    found = refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(config.parent))
+    found = convert_refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(config.parent))
     assert f"ranks by {config} (--config)" in found
     nowhere = tmp_path / "nowhere"
-    found = refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(nowhere))
+    found = convert_refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(nowhere))
     assert f"{nowhere} is missing. --config takes the config.json of the class that training ran on" in found
 
 
@@ -307,10 +301,7 @@ def test_a_cast_is_the_one_of_torch(dtype: str, tokenizer: Path, tmp_path: Path)
 def test_a_square_mlp_needs_the_version(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     square = Shape(hidden=128, layers=2, heads=4, kv_heads=4, intermediate=256)
     full = build(tmp_path / "a", "internlm", shape=square, tp=2, mlp_version=1)
-    parser = convert_parser("convert", "internlm", 1.0, versions=True)
-    words = ["--src", str(tmp_path / "a"), "--tgt", str(tmp_path / "hf"), "--tokenizer", str(tokenizer)]
-    assert run_convert("internlm", parser.parse_args(words)) == 1
-    assert "--version 1" in capsys.readouterr().err
+    assert "--version 1" in convert_refusal("internlm", tmp_path / "a", tokenizer, capsys)
     convert("internlm", tmp_path / "a", tmp_path / "hf", tokenizer, "--version", "1", "--dtype", "float32")
     assert_same(weights(tmp_path / "hf"), full)
 
@@ -430,10 +421,7 @@ def test_bin_and_safetensors_revert_the_same(
     build(tmp_path / "a", family, tp=2, bias=True)
     convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
     revert(family, tmp_path / "hf", tmp_path / "one", 2, "--safetensors")
-    found = weights(tmp_path / "hf")
-    names = sorted(found)
-    for number, half in enumerate((names[::2], names[1::2]), start=1):
-        torch.save({name: found[name] for name in half}, tmp_path / "hf" / f"pytorch_model-0000{number}-of-00002.bin")
+    save_as_bin(tmp_path / "hf")
     torch.save({"learning_rate": 1e-4}, tmp_path / "hf" / "training_args.bin")  # beside the weights, not one of them
     capsys.readouterr()
     revert(family, tmp_path / "hf", tmp_path / "two", 2)
@@ -565,12 +553,7 @@ def test_runs_that_cannot_be_are_refused(
 ) -> None:
     build(tmp_path / "a", "internlm2")
     convert("internlm2", tmp_path / "a", tmp_path / "hf", tokenizer)
-    parser = revert_parser("revert", "internlm2", versions=False)
-    command = ["--src", str(tmp_path / "hf"), "--tgt", str(tmp_path / "back"), "--tp_size", "1", *flags]
-    assert run_revert("internlm2", parser.parse_args(command)) == 1
-    message = capsys.readouterr().err
-    assert all(word in message for word in words), message
-    assert not (tmp_path / "back").exists()
+    assert_revert_refused("internlm2", tmp_path / "hf", words, capsys, *flags)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +580,7 @@ def test_what_cannot_be_reverted_is_refused_in_a_sentence(
     build(tmp_path / "a", family)
     convert(family, tmp_path / "a", tmp_path / "hf", tokenizer)
     change_settings(tmp_path / "hf", change)
-    assert_revert_refused(family, tmp_path / "hf", tmp_path / "back", tp, words, capsys)
+    assert_revert_refused(family, tmp_path / "hf", words, capsys, tp=tp)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf"]
 
 

@@ -20,6 +20,7 @@ from tests.support.conversions import (
     assert_same,
     change_settings,
     convert,
+    convert_refusal,
     names_of,
     real_checkpoints,
     revert,
@@ -28,7 +29,6 @@ from tests.support.conversions import (
     weights,
 )
 from tests.support.real_tokenizers import golden_cases, real_model
-from weight_conversion.command_line import convert_parser, run_convert
 from weight_conversion.mapping.families import FAMILIES as MAPPED
 
 LLAMA = ("--format", "llama", "--dtype", "float32")
@@ -202,11 +202,8 @@ def test_a_tokenizer_that_has_no_fast_form_is_refused_before_anything_is_written
         minloglevel=2,
     )
     build(tmp_path / "a", "internlm2")
-    words = ["--src", tmp_path / "a", "--tgt", tmp_path / "llama", "--tokenizer", tmp_path / "rewriting.model"]
-    parser = convert_parser("convert", "internlm2", 2.0, versions=False)
-    assert run_convert("internlm2", parser.parse_args([*map(str, words), "--format", "llama"])) == 1
-    assert "no tokenizer that loads without remote code" in capsys.readouterr().err
-    assert not (tmp_path / "llama").exists()
+    message = convert_refusal("internlm2", tmp_path / "a", tmp_path / "rewriting.model", capsys, *LLAMA)
+    assert "no tokenizer that loads without remote code" in message
 
 
 @pytest.mark.parametrize(
@@ -238,7 +235,7 @@ def test_a_llama_that_is_no_internlm2_is_refused_by_name(
     build(tmp_path / "a", "internlm2")
     convert("internlm2", tmp_path / "a", tmp_path / "llama", tokenizer, *LLAMA)
     change_settings(tmp_path / "llama", change)
-    assert refused("internlm2", tmp_path, capsys, words)
+    assert_revert_refused("internlm2", tmp_path / "llama", words, capsys)
 
 
 @pytest.mark.parametrize("family", ["internlm", "internlm2"])
@@ -273,7 +270,7 @@ def test_a_folder_of_its_own_class_that_training_computes_otherwise_is_refused_b
     build(tmp_path / "a", family)
     convert(family, tmp_path / "a", tmp_path / "llama", tokenizer)
     change_settings(tmp_path / "llama", change)
-    assert refused(family, tmp_path, capsys, words)
+    assert_revert_refused(family, tmp_path / "llama", words, capsys)
 
 
 @pytest.mark.parametrize("form", ["internlm", "llama"])
@@ -283,7 +280,7 @@ def test_shared_key_value_heads_are_refused_for_internlm(
     build(tmp_path / "a", "internlm2")
     convert("internlm2", tmp_path / "a", tmp_path / "llama", tokenizer, *LLAMA)
     change_settings(tmp_path / "llama", {"model_type": form})
-    assert refused("internlm", tmp_path, capsys, ["share 2 key/value heads", "InternLM2"])
+    assert_revert_refused("internlm", tmp_path / "llama", ["share 2 key/value heads", "InternLM2"], capsys)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.bias", "score.weight"])
@@ -295,10 +292,4 @@ def test_a_tensor_that_the_family_has_not_is_refused(
     build(tmp_path / "a", "internlm2", bias=True)
     convert("internlm2", tmp_path / "a", tmp_path / "llama", tokenizer, *LLAMA)
     save_file(weights(tmp_path / "llama") | {name: torch.zeros(256)}, tmp_path / "llama" / "model.safetensors")
-    assert refused("internlm2", tmp_path, capsys, [name, "not expected"])
-
-
-def refused(family: str, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> bool:
-    """Whether reverting `folder`/llama ends in a sentence with these words and writes nothing."""
-    assert_revert_refused(family, folder / "llama", folder / "back", 1, words, capsys)
-    return not (folder / "back").exists()
+    assert_revert_refused("internlm2", tmp_path / "llama", [name, "not expected"], capsys)

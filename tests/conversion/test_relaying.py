@@ -17,27 +17,20 @@ from tests.support.conversions import (
     FAMILIES,
     assert_same,
     convert,
+    convert_refusal,
     names_of,
     real_checkpoints,
     revert,
+    revert_refusal,
     shards,
     weights,
 )
-from weight_conversion.command_line import convert_parser, revert_parser, run_convert, run_revert
 from weight_conversion.mapping.rules import ModelShape
 from weight_conversion.mapping.sizes import builds_intermediate_size, mlp_ratio
 
 
 def settings(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "model_config.pt", weights_only=True)
-
-
-def refusal(family: str, capsys: pytest.CaptureFixture[str], source: Path, target: Path, *flags: str) -> str:
-    parser = revert_parser("revert", family, versions=family == "internlm")
-    words = ["--src", str(source), "--tgt", str(target), "--tp_size", "1", *flags]
-    assert run_revert(family, parser.parse_args(words)) == 1
-    assert not target.exists()
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", real_checkpoints())
@@ -155,11 +148,8 @@ def test_settings_of_another_model_are_refused_on_every_way(
 ) -> None:
     """Tensors have the same names and shapes with most of them, so nothing else would tell."""
     build(tmp_path / "a", family, config={key: value})
-    assert f"{key} " in refusal(family, capsys, tmp_path / "a", tmp_path / "b")
-    parser = convert_parser("convert", family, 1.0, versions=family == "internlm")
-    words = ["--src", str(tmp_path / "a"), "--tgt", str(tmp_path / "hf"), "--tokenizer", str(tokenizer)]
-    assert run_convert(family, parser.parse_args(words)) == 1
-    assert f"{key} " in capsys.readouterr().err
+    assert f"{key} " in revert_refusal(family, tmp_path / "a", capsys)
+    assert f"{key} " in convert_refusal(family, tmp_path / "a", tokenizer, capsys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -245,28 +235,27 @@ def test_a_setting_that_cannot_be_written_is_refused(
 ) -> None:
     for key, value in (("multiple_of", 0), ("multiple_of", "64"), ("weights", [torch.ones(2)]), ("long", 1 << 3000)):
         build(tmp_path / "odd", family, config={key: value})
-        assert key in refusal(family, capsys, tmp_path / "odd", tmp_path / "b")
+        assert key in revert_refusal(family, tmp_path / "odd", capsys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_no_source_is_refused_by_name(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "b"
     build(tmp_path / "class", family, hf_class=True)
-    assert "--config" in refusal(family, capsys, tmp_path / "class", target)
+    assert "--config" in revert_refusal(family, tmp_path / "class", capsys)
     build(tmp_path / "a", family)
-    assert "--safetensors" in refusal(family, capsys, tmp_path / "a", target, "--safetensors")
+    assert "--safetensors" in revert_refusal(family, tmp_path / "a", capsys, "--safetensors")
     build(tmp_path / "odd", family, config={"norm_head": [1]})
-    assert "norm_head" in refusal(family, capsys, tmp_path / "odd", target)
+    assert "norm_head" in revert_refusal(family, tmp_path / "odd", capsys)
     build(tmp_path / "twice", family, embedding="vocabulary")
     shard = torch.load(tmp_path / "twice" / "model_tp0_pp0.pt", weights_only=True)
     name = next(name for name in shard if "word_embeddings" in name)
     second = name.replace(".word_embeddings", "")
     torch.save(shard | {second: shard[name].clone()}, tmp_path / "twice" / "model_tp0_pp0.pt")
-    assert f"twice, as '{second}' and as '{name}'" in refusal(family, capsys, tmp_path / "twice", target)
+    assert f"twice, as '{second}' and as '{name}'" in revert_refusal(family, tmp_path / "twice", capsys)
     build(tmp_path / "mixed", family, tp=2)
     shard = torch.load(tmp_path / "mixed" / "model_tp1_pp0.pt", weights_only=True)
     torch.save(shard | {"norm.weight": shard["norm.weight"] + 1}, tmp_path / "mixed" / "model_tp1_pp0.pt")
-    assert "differs" in refusal(family, capsys, tmp_path / "mixed", target)
+    assert "differs" in revert_refusal(family, tmp_path / "mixed", capsys)
 
 
 def test_a_folder_with_both_is_a_hugging_face_folder(tokenizer: Path, tmp_path: Path) -> None:

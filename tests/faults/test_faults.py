@@ -60,8 +60,10 @@ from tests.faults.fault_moments import (
 )
 from tests.faults.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, write_archive
 from tests.support.checkpoints import Shape, build, save_model_config
+from tests.support.conversions import save_as_bin, weights
 from tests.support.tokenizer_fixture import NORMAL, append_pieces, train_tokenizer
 from weight_conversion.files.copying import Copier, Move
+from weight_conversion.files.dtypes import FLOAT32
 from weight_conversion.files.views import StoredTensor
 from weight_conversion.mapping import families
 from weight_conversion.running import convert as convert_module
@@ -533,18 +535,6 @@ def bin_file(content: object) -> Change:
     return lambda place: torch.save(content, place.hf / "pytorch_model.bin")
 
 
-def tensors_of(place: Place) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in place.hf.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def bin_files(place: Place) -> None:
-    """The weights as .bin files too, in two of them without an index."""
-    tensors = tensors_of(place)
-    names = sorted(tensors)
-    for number, part in enumerate((names[::2], names[1::2]), 1):
-        torch.save({name: tensors[name] for name in part}, place.hf / f"pytorch_model-0000{number}-of-00002.bin")
-
-
 OUTPUT, EMBEDDING = "output.weight", "model.tok_embeddings.weight"
 HF_WQKV = "model.layers.1.attention.wqkv.weight"
 
@@ -663,22 +653,22 @@ BAD_FOLDERS: dict[str, tuple[Change, list[str]]] = {
         ["pytorch_model-1.bin", "symbolic links"],
     ),
     "a .bin among others that is none": (
-        lambda place: (bin_files(place), torch.save([1], place.hf / "pytorch_model-00003.bin")),
+        lambda place: (save_as_bin(place.hf), torch.save([1], place.hf / "pytorch_model-00003.bin")),
         ["pytorch_model-00003.bin", "a list", "expected a dict"],
     ),
     "a .bin that is cut": (
-        lambda place: (bin_files(place), os.truncate(place.hf / "pytorch_model-00002-of-00002.bin", 4000)),
+        lambda place: (save_as_bin(place.hf), os.truncate(place.hf / "pytorch_model-00002-of-00002.bin", 4000)),
         ["pytorch_model-00002-of-00002.bin", "truncated"],
     ),
     ".bin files of two saves": (
         lambda place: (
-            bin_files(place),
+            save_as_bin(place.hf),
             (place.hf / "pytorch_model-00002-of-00002.bin").rename(place.hf / "pytorch_model-00002-of-00003.bin"),
         ),
         ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00003.bin", "several saves"],
     ),
     "a .bin that is missing": (
-        lambda place: (bin_files(place), (place.hf / "pytorch_model-00002-of-00002.bin").unlink()),
+        lambda place: (save_as_bin(place.hf), (place.hf / "pytorch_model-00002-of-00002.bin").unlink()),
         ["hf lacks tensor"],
     ),
 }
@@ -695,7 +685,7 @@ def test_the_bad_folders_were_good_before(place: Place, internlm: Place) -> None
     for each in (place, internlm):
         assert run_script(*each.revert_command("--verify", "--embed_split")).status == 0
         shutil.rmtree(each.target)
-        bin_files(each)
+        save_as_bin(each.hf)
         assert run_script(*each.revert_command("--verify", "--embed_split")).status == 0
         bins = {path.name: torch.load(path) for path in each.target.glob("model_tp*")}
         for name, state in bins.items():
@@ -707,7 +697,7 @@ def test_the_bad_folders_were_good_before(place: Place, internlm: Place) -> None
 
 def test_a_folder_saved_twice_is_read_as_transformers_reads_it(place: Place) -> None:
     """First in shards, then whole: transformers loads the single file, whatever the index says."""
-    new = {name: tensor + 1 for name, tensor in tensors_of(place).items()}
+    new = {name: tensor + 1 for name, tensor in weights(place.hf).items()}
     save_file(new, place.hf / "model.safetensors", metadata={"format": "pt"})
     torch.save({name: tensor + 2 for name, tensor in new.items()}, place.hf / "pytorch_model.bin")
     torch.save({}, place.hf / "pytorch_model-00001-of-00001.bin")
@@ -894,7 +884,7 @@ def hostile_config(place: Place, pickled: bytes) -> tuple[str, list[str]]:
 
 
 def hostile_bin(place: Place, pickled: bytes) -> tuple[str, list[str]]:
-    bin_files(place)
+    save_as_bin(place.hf)
     write_archive(place.hf / "pytorch_model-00001-of-00002.bin", pickled)
     return place.revert_command()
 
@@ -1045,7 +1035,7 @@ def test_a_signal_that_is_ignored_stays_so(place: Place) -> None:
 def test_an_interrupt_while_threads_copy_is_raised_when_they_have_ended(tmp_path: Path) -> None:
     """Not within the lock that a thread then waits for: that hung one run in two thousand."""
     shape, strides = (8, 2**18), (2**18, 1)
-    source, target = (StoredTensor("a", tmp_path / name, 0, torch.float32, shape, strides) for name in ("in", "out"))
+    source, target = (StoredTensor("a", tmp_path / name, 0, FLOAT32, shape, strides) for name in ("in", "out"))
     for tensor in (source, target):
         tensor.path.write_bytes(bytes(tensor.nbytes))
     rows = [(target.view().narrow(0, row, 1), source.view().narrow(0, row, 1)) for row in range(8)]

@@ -69,17 +69,50 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def convert(family: str, source: Path, target: Path, tokenizer: Path, *more: str) -> None:
-    versions = family == "internlm"
-    parser = convert_parser("convert", family, 1.0, versions=versions)
-    words = ["--src", str(source), "--tgt", str(target), "--tokenizer", str(tokenizer), *more]
-    assert run_convert(family, parser.parse_args(words)) == 0
+def convert_status(family: str, source: Path, target: Path, tokenizer: Path, *flags: str) -> int:
+    parser = convert_parser("convert", family, 1.0, versions=family == "internlm")
+    words = ["--src", str(source), "--tgt", str(target), "--tokenizer", str(tokenizer), *flags]
+    return run_convert(family, parser.parse_args(words))
 
 
-def revert(family: str, source: Path, target: Path, tp: int, *more: str) -> None:
+def revert_status(family: str, source: Path, target: Path, tp: int, *flags: str) -> int:
     parser = revert_parser("revert", family, versions=family == "internlm")
-    words = ["--src", str(source), "--tgt", str(target), "--tp_size", str(tp), *more]
-    assert run_revert(family, parser.parse_args(words)) == 0
+    words = ["--src", str(source), "--tgt", str(target), "--tp_size", str(tp), *flags]
+    return run_revert(family, parser.parse_args(words))
+
+
+def convert(family: str, source: Path, target: Path, tokenizer: Path, *flags: str) -> None:
+    assert convert_status(family, source, target, tokenizer, *flags) == 0
+
+
+def revert(family: str, source: Path, target: Path, tp: int, *flags: str) -> None:
+    assert revert_status(family, source, target, tp, *flags) == 0
+
+
+def convert_refusal(family: str, source: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The sentence with which converting is refused; nothing is written."""
+    capsys.readouterr()
+    target = source.with_name("refused")
+    assert convert_status(family, source, target, tokenizer, *flags) == 1
+    assert not target.exists()
+    return capsys.readouterr().err
+
+
+def revert_refusal(family: str, source: Path, capsys: pytest.CaptureFixture[str], *flags: str, tp: int = 1) -> str:
+    """The sentence with which reverting is refused; nothing is written."""
+    capsys.readouterr()
+    target = source.with_name("refused")
+    assert revert_status(family, source, target, tp, *flags) == 1
+    assert not target.exists()
+    return capsys.readouterr().err
+
+
+def assert_revert_refused(
+    family: str, source: Path, words: list[str], capsys: pytest.CaptureFixture[str], *flags: str, tp: int = 1
+) -> None:
+    """Reverting is refused in a sentence with all `words`."""
+    sentence = revert_refusal(family, source, capsys, *flags, tp=tp)
+    assert all(word in sentence for word in words), sentence
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -89,18 +122,6 @@ def settings(folder: Path) -> dict[str, Any]:
 
 def change_settings(folder: Path, change: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(settings(folder) | change))
-
-
-def assert_revert_refused(
-    family: str, source: Path, target: Path, tp: int, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Reverting ends with status 1 and in a sentence with all `words`."""
-    capsys.readouterr()
-    parser = revert_parser("revert", family, versions=family == "internlm")
-    arguments = ["--src", str(source), "--tgt", str(target), "--tp_size", str(tp)]
-    assert run_revert(family, parser.parse_args(arguments)) == 1
-    message = capsys.readouterr().err
-    assert all(word in message for word in words), message
 
 
 def shards(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -129,6 +150,14 @@ def assert_files_are_those_of(saved: Path, ours: Path) -> None:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def save_as_bin(folder: Path) -> None:
+    """The weights of a folder as .bin files too, in two of them without an index."""
+    tensors = weights(folder)
+    names = sorted(tensors)
+    for number, half in enumerate((names[::2], names[1::2]), start=1):
+        torch.save({name: tensors[name] for name in half}, folder / f"pytorch_model-0000{number}-of-00002.bin")
 
 
 def names_of(folder: Path) -> tuple[str, int, list[str]]:

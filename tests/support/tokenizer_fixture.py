@@ -67,11 +67,12 @@ def append_pieces(model: Path, pieces: Iterable[str], piece_type: int) -> None:
         for piece in pieces:
             text = piece.encode()
             body = (
-                b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", -1e6) + b"\x18" + bytes([piece_type])
+                b"\x0a" + varint(len(text)) + text + b"\x15" + struct.pack("<f", -1e6) + b"\x18" + bytes([piece_type])
             )
-            file.write(b"\x0a" + _varint(len(body)) + body)
+            file.write(b"\x0a" + varint(len(body)) + body)
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
     low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support.model_families import FAMILIES, Family
 from tests.support.real_tokenizers import golden_cases, real_model
-from tests.support.tokenizer_fixture import NORMAL, USER_DEFINED, append_pieces, train_tokenizer
+from tests.support.tokenizer_fixture import NORMAL, USER_DEFINED, append_pieces, train_tokenizer, varint
 from weight_conversion.errors import ConversionError
 from weight_conversion.tokenizer import sentencepiece_model, tokenizer_files, tokenizer_json
 from weight_conversion.tokenizer.sentencepiece_model import Kind, Piece, SentencePieceModel
@@ -108,12 +108,6 @@ def test_added_tokens_of_a_folder_are_told(family: Family, spec: TokenizerSpec, 
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-def encoded(number: int) -> bytes:
-    """A varint of protobuf."""
-    low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + encoded(rest) if rest else bytes([low])
-
-
 LAYOUTS: dict[str, Callable[[bytes, bytes, bytes], bytes]] = {
     "as the trainer writes": lambda text, score, kind: text + score + kind,
     "kind first": lambda text, score, kind: kind + text + score,
@@ -137,9 +131,9 @@ def test_pieces_are_read_in_whatever_way_they_are_written(pieces: list[tuple[str
     for text, score, kind, layout in pieces:
         said = b"" if kind is Kind.NORMAL else b"\x18" + bytes([kind])
         body = LAYOUTS[layout](
-            b"\x0a" + encoded(len(text.encode())) + text.encode(), b"\x15" + struct.pack("<f", score), said
+            b"\x0a" + varint(len(text.encode())) + text.encode(), b"\x15" + struct.pack("<f", score), said
         )
-        data += b"\x0a" + encoded(len(body)) + body
+        data += b"\x0a" + varint(len(body)) + body
     found, trainer, normalizer = sentencepiece_model._contents(bytes(data) + b"\x12\x02\x18\x02" + b"\x1a\x02\x18\x00")
     assert found.texts == [text for text, *_ in pieces]
     assert list(struct.unpack(f"<{len(pieces)}f", found.scores)) == [score for _, score, *_ in pieces]
@@ -160,7 +154,7 @@ ODD_FIELDS = {
 def test_fields_of_another_type_are_read_as_the_library_reads_them(model: Path, tmp_path: Path, field: bytes) -> None:
     body = b"\x0a\x03zzq\x15" + struct.pack("<f", -5.5) + field
     path = tmp_path / "odd.model"
-    path.write_bytes(model.read_bytes() + b"\x0a" + encoded(len(body)) + body)
+    path.write_bytes(model.read_bytes() + b"\x0a" + varint(len(body)) + body)
     read, library = SentencePieceModel.read(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
     ids = list(range(library.get_piece_size()))
     assert list(read.texts) == library.id_to_piece(ids)
