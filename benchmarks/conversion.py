@@ -34,6 +34,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -66,6 +67,7 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, wp: int, pp: int, dty
 
     from weight_conversion.folders.grid import ISP_FILES, TENSOR_PARALLEL_FILES, grid_of
     from weight_conversion.folders.internevo_folder import MODEL_CONFIG
+    from weight_conversion.folders.numbering import shared_out
     from weight_conversion.mapping.choices import HALVES, HIDDEN_SPLIT, common_choices
     from weight_conversion.mapping.families import FAMILIES
     from weight_conversion.mapping.matching import copies_of, part_shapes
@@ -75,34 +77,27 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, wp: int, pp: int, dty
     shape = ModelShape(preset.hidden, preset.intermediate, preset.vocab, preset.layers, preset.heads, preset.kv_heads)
     dtype = getattr(torch, dtype_name)
     grid = grid_of(ISP_FILES if wp else TENSOR_PARALLEL_FILES, tp, wp or 1, pp)
-    bias = preset.family == "internlm"
-    common = common_choices(grid.names, HIDDEN_SPLIT, HALVES, joined=False, bias=bias)
-    layout = family.layout_written(common, 2, common)
-    stem = "blocks" if preset.family == "internlm" else "layers"
-    per_stage = preset.layers // pp
+    numbering = shared_out(preset.layers, pp)
+    common = common_choices(grid.names, HIDDEN_SPLIT, HALVES, joined=False, bias=preset.family == "internlm")
+    entries = family.table.entries(family.layout_written(common, 2, common), shape)
     folder.mkdir(parents=True)
     for stage in range(pp):
         states: list[dict[str, torch.Tensor]] = [{} for _ in grid.members]
-        for entry in family.table.entries(layout, shape):
-            name = entry.training[0]
-            layer = int(name.split(".")[1]) if name.startswith(stem + ".") else None
-            home = (
-                (pp - 1 if name.split(".")[0] in ("norm", "head", "output") else 0)
-                if layer is None
-                else layer // per_stage
-            )
-            if min(home, pp - 1) != stage:
-                continue
-            local = (
-                name if layer is None else name.replace(f"{stem}.{layer}.", f"{stem}.{layer - stage * per_stage}.", 1)
-            )
+        for entry in (entry for entry in entries if numbering.place_of(entry.layer) == (0, stage)):
+            name = numbering.saved_name(entry.training[0], (0, stage))
             (size,) = part_shapes(entry, grid, shape)
             for parts in zip(*copies_of(entry.rule, grid), strict=True):  # the ranks that hold the same part
                 tensor = torch.randn(size).to(dtype)
                 for rank in parts:
-                    states[rank][local] = tensor
+                    states[rank][name] = tensor
         for member, state in zip(grid.members, states, strict=True):
             torch.save(state, folder / grid.name(member, stage))
+    torch.save(model_config(preset, dtype), folder / MODEL_CONFIG)
+    (folder / "source.json").write_text(json.dumps({"preset": vars(preset), "tp": tp, "wp": wp, "pp": pp}))
+
+
+def model_config(preset: Preset, dtype: Any) -> dict[str, Any]:
+    """The settings that training saves beside shards of this shape, whose weights are of the torch `dtype`."""
     config = {
         "hidden_size": preset.hidden,
         "num_attention_heads": preset.heads,
@@ -110,10 +105,10 @@ def make_checkpoint(folder: Path, preset: Preset, tp: int, wp: int, pp: int, dty
         "vocab_size": preset.vocab,
         "layer_norm_epsilon": 1e-5,
         "dtype": dtype,
-        **({"num_kv_attention_heads": preset.kv_heads, "no_bias": True, "adapt_hf": True} if stem == "layers" else {}),
     }
-    torch.save(config, folder / MODEL_CONFIG)
-    (folder / "source.json").write_text(json.dumps({"preset": vars(preset), "tp": tp, "wp": wp, "pp": pp}))
+    if preset.family == "internlm2":
+        config |= {"num_kv_attention_heads": preset.kv_heads, "no_bias": True, "adapt_hf": True}
+    return config
 
 
 @dataclass
@@ -206,7 +201,84 @@ save_file(merged, target / "model.safetensors", metadata={"format": "pt"})
 """The usual converter: everything in memory, merged, saved."""
 
 
-def main() -> None:
+class Command(NamedTuple):
+    """What is timed, the folder that it reads, and the one that it writes."""
+
+    words: list[str]
+    reads: Path
+    writes: Path
+
+
+def commands_of(arguments: argparse.Namespace, source: Path, tokenizer: Path) -> dict[str, Command]:
+    """Every command of a round, in its order."""
+    python, preset, work = sys.executable, PRESETS[arguments.preset], arguments.folder
+    hf, back, copy, plain, nothing = (work / name for name in (*OUTPUTS, "nothing"))
+    other = "float16" if arguments.dtype == "bfloat16" else "bfloat16"
+
+    def convert(dtype: str, *flags: str) -> Command:
+        words = [python, f"convert2hf_{preset.family}.py", "--src", str(source), "--tgt", str(hf)]
+        words += ["--tokenizer", str(tokenizer), *(["--format", "llama"] if arguments.llama else [])]
+        return Command([*words, "--dtype", dtype, "--max_shard", arguments.max_shard, *flags], source, hf)
+
+    def revert(*flags: str) -> Command:
+        words = [python, f"revert_{preset.family}.py", "--src", str(hf), "--tgt", str(back)]
+        words += ["--tp_size", str(arguments.tp), "--pp_size", str(arguments.pp)]
+        words += ["--wp_size", str(arguments.wp)] if arguments.wp else []
+        return Command([*words, "--embed_split", *flags], hf, back)
+
+    commands = {
+        "help": Command([python, f"convert2hf_{preset.family}.py", "--help"], source, nothing),
+        "start-up": Command([python, "-c", IMPORTS], source, nothing),
+        "cp": Command(["cp", "-r", str(source), str(copy)], source, copy),
+        "cast": convert(other),
+        "convert": convert(arguments.dtype),
+        "revert": revert(),
+        "convert --verify": convert(arguments.dtype, "--verify"),
+        "revert --verify": revert("--verify"),
+    }
+    if arguments.plain:
+        sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
+        commands["plain"] = Command([python, "-c", PLAIN, str(source), str(plain), *sizes], source, plain)
+    return commands
+
+
+IMPORTS = (
+    "import weight_conversion.running.convert, weight_conversion.mapping.families, weight_conversion.running.reporting"
+)
+OUTPUTS = ("hf", "back", "copy", "plain")
+STARTS = ("help", "start-up")
+"""Commands that move no bytes."""
+
+
+def chosen(commands: dict[str, Command], only: list[str] | None) -> dict[str, Command]:
+    """Those that --only names, and those without which they cannot be; all without --only."""
+    if not only:
+        return commands
+    names = {*STARTS, "cp", *only, *(["convert"] if "revert" in only else [])}
+    names |= {name for name in commands if "verify" in only and name.endswith("--verify")}
+    return {name: command for name, command in commands.items() if name in names}
+
+
+def alternate(commands: dict[str, Command], runs: int, work: Path) -> dict[str, Series]:
+    """Every command in turn, `runs` times; leaves nothing in `work` that was not there."""
+    series = {name: Series() for name in commands}
+    try:
+        for _ in range(runs):
+            for name, command in commands.items():
+                shutil.rmtree(command.writes, ignore_errors=True)
+                os.sync()
+                settle(work, command.reads)
+                measure(command.words, series[name])
+                if name not in ("convert", "convert --verify", *STARTS):  # what was converted is reverted next
+                    shutil.rmtree(command.writes)
+    finally:
+        for left in OUTPUTS:
+            shutil.rmtree(work / left, ignore_errors=True)
+        (work / "ballast").unlink(missing_ok=True)
+    return series
+
+
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="1.8b", help="shape of the model; default: 1.8b")
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size of the checkpoint; default: 2")
@@ -233,10 +305,12 @@ def main() -> None:
         choices=["convert", "cast", "revert", "verify"],
         help="measure these alone, beside start-up and cp",
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
-    preset = PRESETS[arguments.preset]
-    work = arguments.folder
+
+def main() -> None:
+    arguments = parsed_arguments()
+    preset, work = PRESETS[arguments.preset], arguments.folder
     isp = f"_wp{arguments.wp}" if arguments.wp else ""
     source = work / f"{arguments.preset}_tp{arguments.tp}{isp}_pp{arguments.pp}_{arguments.dtype}"
     if not (source / "source.json").exists():
@@ -244,68 +318,8 @@ def main() -> None:
         make_checkpoint(source, preset, arguments.tp, arguments.wp, arguments.pp, arguments.dtype)
     tokenizer = arguments.tokenizer or _small_tokenizer(work)
     nbytes = sum(path.stat().st_size for path in source.glob("model_*_pp*.pt"))
-
-    python, family = sys.executable, preset.family
-    hf, back, copy, plain = (work / name for name in ("hf", "back", "copy", "plain"))
-    other = "float16" if arguments.dtype == "bfloat16" else "bfloat16"
-
-    def convert(dtype: str) -> list[str]:
-        script = [
-            python,
-            f"convert2hf_{family}.py",
-            "--src",
-            str(source),
-            "--tgt",
-            str(hf),
-            "--tokenizer",
-            str(tokenizer),
-        ]
-        script += ["--format", "llama"] if arguments.llama else []
-        return [*script, "--dtype", dtype, "--max_shard", arguments.max_shard]
-
-    revert = [python, f"revert_{family}.py", "--src", str(hf), "--tgt", str(back), "--tp_size", str(arguments.tp)]
-    revert += ["--pp_size", str(arguments.pp), *(["--wp_size", str(arguments.wp)] if arguments.wp else [])]
-    imports = (
-        "import weight_conversion.running.{0}, weight_conversion.mapping.families, weight_conversion.running.reporting"
-    )
-    # A command, what it reads, and what it writes.
-    commands: dict[str, tuple[list[str], Path, Path]] = {
-        "help": ([python, f"convert2hf_{family}.py", "--help"], source, work / "nothing"),
-        "start-up": ([python, "-c", imports.format("convert")], source, work / "nothing"),
-        "cp": (["cp", "-r", str(source), str(copy)], source, copy),
-        "cast": (convert(other), source, hf),
-        "convert": (convert(arguments.dtype), source, hf),
-        "revert": ([*revert, "--embed_split"], hf, back),
-        "convert --verify": ([*convert(arguments.dtype), "--verify"], source, hf),
-        "revert --verify": ([*revert, "--embed_split", "--verify"], hf, back),
-    }
-    if arguments.plain:
-        sizes = map(str, (arguments.tp, arguments.pp, preset.layers))
-        commands["plain"] = ([python, "-c", PLAIN, str(source), str(plain), *sizes], source, plain)
-    if arguments.only:
-        chosen = {*STARTS, "cp", *arguments.only, *(["convert"] if "revert" in arguments.only else [])}
-        verified = "verify" in arguments.only
-        commands = {
-            name: value
-            for name, value in commands.items()
-            if name in chosen or (verified and name.endswith("--verify"))
-        }
-
-    series = {name: Series() for name in commands}
-    try:
-        for _ in range(arguments.runs):
-            for name, (command, read, output) in commands.items():
-                shutil.rmtree(output, ignore_errors=True)
-                os.sync()
-                settle(work, read)
-                measure(command, series[name])
-                if name not in ("convert", "convert --verify", *STARTS):  # what was converted is reverted next
-                    shutil.rmtree(output)
-    finally:
-        for left in (hf, back, copy, plain):
-            shutil.rmtree(left, ignore_errors=True)
-        (work / "ballast").unlink(missing_ok=True)
-    _print(arguments, nbytes, _pieces_in(tokenizer), series)
+    commands = chosen(commands_of(arguments, source, tokenizer), arguments.only)
+    _print(arguments, nbytes, _pieces_in(tokenizer), alternate(commands, arguments.runs, work))
 
 
 def _small_tokenizer(work: Path) -> Path:
@@ -318,10 +332,6 @@ def _pieces_in(tokenizer: Path) -> int:
     from weight_conversion.tokenizer.tokenizer_files import Tokenizer
 
     return Tokenizer.read(tokenizer).vocab_size
-
-
-STARTS = ("help", "start-up")
-"""Commands that move no bytes."""
 
 
 def _print(arguments: argparse.Namespace, nbytes: int, pieces: int, series: dict[str, Series]) -> None:
