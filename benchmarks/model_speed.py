@@ -230,6 +230,21 @@ class Ceilings:
         return 1e3 * max(work.flops / self.flops_per_second, work.bytes / self.bytes_per_second)
 
 
+def announced_ceilings(gpus: str) -> Ceilings:
+    """What one of the GPUs can do; printed, and before it their name and what runs on them."""
+    ceilings = Ceilings()
+    print(f"{gpus}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"copy {ceilings.bytes_per_second / 1e9:.0f} GB/s, product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s\n")
+    torch.cuda.empty_cache()
+    return ceilings
+
+
+def never_end_early(model: Any) -> None:
+    """Has every generate() make as many tokens as it is asked for."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+
 @dataclass
 class Measurement:
     """Times of a round's pass in milliseconds, and the peak of memory in bytes."""
@@ -390,8 +405,7 @@ class Bench:
     def models(self) -> dict[str, Any]:
         models = {family: build(family, self.shape) for family in ("llama", self.family)}
         for model in models.values():
-            model.generation_config.eos_token_id = None  # every call makes GENERATED tokens
-            model.generation_config.pad_token_id = 0
+            never_end_early(model)
         return models
 
     def with_backend(self, backend: str) -> dict[str, Any]:
@@ -520,10 +534,7 @@ def main() -> None:
         raise SystemExit("This benchmark needs a CUDA GPU, and torch sees none.")
 
     transformers.logging.set_verbosity_error()
-    ceilings = Ceilings()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"copy {ceilings.bytes_per_second / 1e9:.0f} GB/s, product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s\n")
-    torch.cuda.empty_cache()
+    ceilings = announced_ceilings(torch.cuda.get_device_name())
     for family in arguments.families:
         bench = Bench(family, arguments, ceilings)
         print(f"## {NAMES[family]} {bench.shape}\n")

@@ -47,10 +47,12 @@ from model_speed import (
     Ceilings,
     Shape,
     Work,
+    announced_ceilings,
     build,
     chosen_shape,
     decode,
     generate,
+    never_end_early,
     prefill,
     random_tokens,
 )
@@ -126,19 +128,10 @@ def profiled(model: Any, how: dict[str, Any]) -> StepProfile:
     return profile_steps(model, random_tokens(1, CONTEXT), max_new_tokens=GENERATED, do_sample=False, **how)
 
 
-@torch.no_grad()
-def work(arguments: argparse.Namespace, shape: Shape) -> None:
-    """One way of running the model; process 0 writes what came out."""
-    if arguments.way == "tp_plan":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-    family = arguments.families[0]
-    model = load(family, arguments.folder, arguments.way, arguments.backend)
-    ids = random_tokens(1, PROMPT)
-    logits = model(ids).logits
-    generated = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-    model.generation_config.eos_token_id = None  # every call that is timed makes the same number of tokens
-    model.generation_config.pad_token_id = 0
+def time_passes(
+    model: Any, shape: Shape, arguments: argparse.Namespace
+) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
+    """Median milliseconds of each pass, None where this way has none, and the profiled steps of those that compile."""
     times: dict[str, float | None] = {}
     steps = {}
     for name, (run, _) in chosen_passes(shape, arguments).items():
@@ -151,25 +144,51 @@ def work(arguments: argparse.Namespace, shape: Shape) -> None:
         times[name] = statistics.median([run(model) for _ in range(arguments.rounds + 1)][1:])
         if name in COMPILED:
             steps[name] = asdict(profiled(model, COMPILED[name]()))
+    return times, steps
+
+
+def peaks_of_gpus(way: str) -> list[float]:
+    """The peak of memory of every GPU, in GiB."""
     peaks = [torch.cuda.max_memory_allocated(device) / GIB for device in range(torch.cuda.device_count())]
-    if arguments.way == "tp_plan":  # each process sees its own memory alone
-        everybodys: list[list[float]] = [[] for _ in peaks]
-        dist.all_gather_object(everybodys, peaks)
-        peaks = [peak[rank] for rank, peak in enumerate(everybodys)]
-    if arguments.way != "tp_plan" or dist.get_rank() == 0:
+    if way != "tp_plan":
+        return peaks
+    everybodys: list[list[float]] = [[] for _ in peaks]  # each process sees its own memory alone
+    dist.all_gather_object(everybodys, peaks)
+    return [peak[rank] for rank, peak in enumerate(everybodys)]
+
+
+@torch.no_grad()
+def work(arguments: argparse.Namespace, shape: Shape) -> None:
+    """One way of running the model; process 0 writes what came out."""
+    in_parallel = arguments.way == "tp_plan"
+    if in_parallel:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    model = load(arguments.families[0], arguments.folder, arguments.way, arguments.backend)
+    ids = random_tokens(1, PROMPT)
+    logits = model(ids).logits
+    generated = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    never_end_early(model)
+    times, steps = time_passes(model, shape, arguments)
+    peaks = peaks_of_gpus(arguments.way)
+    if not in_parallel or dist.get_rank() == 0:
         placed = Counter(str(parameter.device) for parameter in model.parameters())
         said = {"times": times, "split": split_layers(model), "placed": placed, "peak": peaks, "steps": steps}
         (Path(arguments.out) / "said.json").write_text(json.dumps(said))
         torch.save((logits.float().cpu(), generated.cpu()), Path(arguments.out) / "tensors.pt")
-    if arguments.way == "tp_plan":
+    if in_parallel:
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # an orderly end waits for ever: NCCL's communicator is held by the recorded graphs
 
 
-def run_way(way: str, family: str, folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """What a process says, and its logits and tokens."""
+Result = tuple[dict[str, Any], Any]
+"""What a process says, and its logits and tokens."""
+
+
+def run_way(way: str, family: str, folder: Path, arguments: argparse.Namespace) -> Result:
+    """One way in processes of its own."""
     out = folder / way.replace(" ", "_")
     out.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if way == "tp_plan" else []
@@ -190,13 +209,25 @@ def compare(family: str, shape: Shape, arguments: argparse.Namespace, ceilings: 
         model.save_pretrained(folder / "model")
         del model
         torch.cuda.empty_cache()
-        results = {}
-        ways = chosen_ways(arguments)
-        for way in ways:
+        results: dict[str, Result] = {}
+        for way in chosen_ways(arguments):
             results[way] = run_way(way, family, folder, arguments)
             print(way, results[way][0]["times"], file=sys.stderr, flush=True)
-    logits, generated = results["one GPU"][1]
     print(f"### {NAMES[family]}, {arguments.backend}, {shape}\n")
+    print_agreement(results)
+    floors = {name: ceilings.floor(amount) for name, (_, amount) in chosen_passes(shape, arguments).items()}
+    print_times(results, floors)
+    for name in COMPILED:
+        profiles = {way: said["steps"][name] for way, (said, _) in results.items() if name in said["steps"]}
+        if profiles:
+            print(f"\nA step of {name}, static cache:")
+            print_profiles(profiles)
+    print(flush=True)
+
+
+def print_agreement(results: dict[str, Result]) -> None:
+    """Where each way's parameters lie, how far it is from one GPU, and its memory."""
+    logits, generated = results["one GPU"][1]
     print("| way | parameters on | layers split | error of logits | same greedy tokens | peak GiB |")
     print("| --- | --- | --: | --: | --: | --- |")
     for way, (said, (found, tokens)) in results.items():
@@ -205,19 +236,18 @@ def compare(family: str, shape: Shape, arguments: argparse.Namespace, ceilings: 
         same = int((tokens == generated)[:, PROMPT:].sum())
         peak = ", ".join(f"{value:.2f}" for value in said["peak"])
         print(f"| {way} | {placed} | {said['split']} | {error:.2e} | {same} of {NEW_TOKENS} | {peak} |")
+
+
+def print_times(results: dict[str, Result], floors: dict[str, float]) -> None:
+    """Milliseconds of each pass by its name, beside its floor on one GPU."""
+    ways = list(results)
     print(
         "\n| ms | floor of one | " + " | ".join(ways) + " | tp_plan, speed |\n| --- " + "| --: " * (len(ways) + 2) + "|"
     )
-    for name, (_, amount) in chosen_passes(shape, arguments).items():
-        times = [results[way][0]["times"][name] for way in ways]
-        cells = " | ".join("" if time is None else f"{time:.2f}" for time in (ceilings.floor(amount), *times))
+    for name, floor in floors.items():
+        times = [said["times"][name] for said, _ in results.values()]
+        cells = " | ".join("" if time is None else f"{time:.2f}" for time in (floor, *times))
         print(f"| {name} | {cells} | {times[0] / times[-1]:.2f} x |")
-    for name in COMPILED:
-        profiles = {way: said["steps"][name] for way, (said, _) in results.items() if name in said["steps"]}
-        if profiles:
-            print(f"\nA step of {name}, static cache:")
-            print_profiles(profiles)
-    print(flush=True)
 
 
 def print_profiles(profiles: dict[str, dict[str, Any]]) -> None:
@@ -249,10 +279,7 @@ def main() -> None:
     if arguments.way:
         work(arguments, chosen_shape(arguments.families[0], arguments))
         return
-    ceilings = Ceilings()
-    print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"copy {ceilings.bytes_per_second / 1e9:.0f} GB/s, product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s\n")
-    torch.cuda.empty_cache()
+    ceilings = announced_ceilings(f"2 x {torch.cuda.get_device_name()}")
     for family in arguments.families:
         compare(family, chosen_shape(family, arguments), arguments, ceilings)
 
