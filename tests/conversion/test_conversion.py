@@ -34,6 +34,7 @@ from tests.support.conversions import (
     names_of,
     real_checkpoints,
     revert,
+    run_flags,
     save_as_bin,
     shards,
     weights,
@@ -505,15 +506,6 @@ RUNS: list[dict[str, Any]] = [
     {"wp": 8, "isp_2025": True, "fused_mlp": True},
     {"wp": 16, "pp": 2},
 ]
-
-
-def run_flags(choices: dict[str, Any]) -> list[str]:
-    """Revert's flags for the run that Recipe's choices describe, beside --tp_size."""
-    flags = ["--embed_split"] if choices.get("embedding", "hidden") == "hidden" else []
-    named = {"pp": "--pp_size", "wp": "--wp_size", "chunks": "--num_chunks", "mlp_version": "--version"}
-    flags += [word for key, flag in named.items() if key in choices for word in (flag, str(choices[key]))]
-    flags += ["--mlp_layer_fusion"] if choices.get("fused_mlp") else []
-    return flags + (["--isp", "2025"] if choices.get("isp_2025") else [])
 
 
 @pytest.mark.parametrize("choices", RUNS, ids=str)

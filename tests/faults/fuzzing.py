@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from tests.faults.fault_harness import TINY, assert_refused, contents, convert_words, revert_words, run_script
 from tests.support.checkpoints import Shape, build
+from tests.support.conversions import assert_same, run_flags, weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HAS_DEFAULT = ("layer_norm_epsilon", "embed_split_hidden", "vocab_size", "num_layers", "dtype", "mlp_ratio", "no_bias")
@@ -42,16 +43,6 @@ class Layout:
     dtype: str
     max_shard: str
     back: dict[str, Any]
-
-    @property
-    def flags_back(self) -> list[str]:
-        """Revert's flags for that run, beside --tp_size."""
-        named = {"pp": "--pp_size", "chunks": "--num_chunks", "wp": "--wp_size"}
-        flags = [word for key, flag in named.items() if self.back[key] for word in (flag, str(self.back[key]))]
-        flags += ["--isp", "2025"] if self.back["isp_2025"] else []
-        flags += ["--mlp_layer_fusion"] if self.back["fused_mlp"] else []
-        flags += ["--embed_split"] if self.back["embedding"] == "hidden" else []
-        return flags + (["--version", str(self.back["mlp_version"])] if self.family == "internlm" else [])
 
 
 def _random_run(random: Random) -> dict[str, Any]:
@@ -91,7 +82,8 @@ def random_layout(random: Random) -> Layout:
     stored = random.choice(list(DTYPES))
     llama_like = family == "internlm" and random.random() < 0.25
     version = 2 if run["fused_mlp"] else random.choice([1, 2])
-    back["mlp_version"] = random.choice([1, 2]) if family == "internlm" and not back["fused_mlp"] else 2
+    if family == "internlm":
+        back["mlp_version"] = 2 if back["fused_mlp"] else random.choice([1, 2])
     back["embedding"] = "hidden" if back["wp"] else random.choice(["hidden", "vocabulary"])
     interleaved = random.random() < 0.3
     may_be_left_out = [*HAS_DEFAULT, "norm_head", *([] if interleaved else ["adapt_hf"])]
@@ -136,15 +128,15 @@ def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
         words = convert_words(source, target, tokenizer, *more, "--dtype", layout.dtype, "--verify")
         outcome = run_script(f"convert2hf_{layout.family}", words)
         assert outcome.status == 0, outcome
-        return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        return weights(target)
 
     full = build(folder / "source", layout.family, **layout.choices)
     expected = {name: tensor.to(DTYPES[layout.dtype]) for name, tensor in full.items()}
     found = converted(folder / "source", folder / "hf", layout.choices)
-    _assert_same(found, expected)
+    assert_same(found, expected)
     _check_relaid(layout, folder)
 
-    words = revert_words(folder / "hf", folder / "back", layout.back["tp"], *layout.flags_back, "--verify")
+    words = revert_words(folder / "hf", folder / "back", layout.back["tp"], *run_flags(layout.back), "--verify")
     outcome = run_script(f"revert_{layout.family}", words)
     assert outcome.status == 0, outcome
     if layout.choices["dtype"] is DTYPES[layout.dtype] and not layout.choices["norm_head"]:
@@ -158,7 +150,7 @@ def check_layout(layout: Layout, folder: Path, tokenizer: Path) -> None:
 
 def _check_relaid(layout: Layout, folder: Path) -> None:
     """From the one training layout to the other without a Hugging Face folder; a square MLP does not tell its names."""
-    words = revert_words(folder / "source", folder / "relaid", layout.back["tp"], *layout.flags_back, "--verify")
+    words = revert_words(folder / "source", folder / "relaid", layout.back["tp"], *run_flags(layout.back), "--verify")
     outcome = run_script(f"revert_{layout.family}", words)
     shape, parts = layout.choices["shape"], 1 if layout.choices["wp"] else layout.choices["tp"]
     if layout.family == "internlm" and shape.intermediate // parts == shape.hidden:
@@ -178,14 +170,7 @@ def _check_reverted(layout: Layout, folder: Path, found: str, *, fused: bool) ->
     for name in names:
         expected = torch.load(folder / "oracle" / name)
         again = {key.replace(".word_embeddings", ""): value for key, value in expected.items() if both_names}
-        _assert_same(torch.load(folder / found / name), expected | again)
-
-
-def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert_same(torch.load(folder / found / name), expected | again)
 
 
 # ----------------------------------------------------------------------------------------------------------- damage

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,7 @@ from tests.faults.fault_moments import (
     signalled_before_operations,
     signalled_while_hanging,
 )
+from tests.faults.fuzzing import KINDS
 from tests.faults.hostile_pickles import HOSTILE, hostile_surroundings, in_dict, write_archive
 from tests.support.checkpoints import Shape, build, save_model_config
 from tests.support.conversions import save_as_bin, weights
@@ -180,13 +180,7 @@ def kind_of(folder: str, name: str, kind: str) -> Change:
     def change(place: Place) -> None:
         path = place.root / folder / name
         path.unlink(missing_ok=True)
-        if kind == "FIFO":
-            os.mkfifo(path)
-        elif kind == "device":
-            path.symlink_to("/dev/zero")
-        else:
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(str(path))
+        KINDS[kind](path)
 
     return change
 

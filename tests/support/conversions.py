@@ -115,6 +115,15 @@ def assert_revert_refused(
     assert all(word in sentence for word in words), sentence
 
 
+def run_flags(choices: dict[str, Any]) -> list[str]:
+    """Revert's flags, beside --tp_size, for the run that these choices of checkpoints.Recipe describe."""
+    flags = ["--embed_split"] if choices.get("embedding", "hidden") == "hidden" else []
+    named = {"pp": "--pp_size", "wp": "--wp_size", "chunks": "--num_chunks", "mlp_version": "--version"}
+    flags += [word for key, flag in named.items() if choices.get(key) for word in (flag, str(choices[key]))]
+    flags += ["--mlp_layer_fusion"] if choices.get("fused_mlp") else []
+    return flags + (["--isp", "2025"] if choices.get("isp_2025") else [])
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """What config.json of a Hugging Face folder says."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
