@@ -58,10 +58,10 @@ def held_back(ask: Callable[[], object]) -> Iterator[Callable[[], bool]]:
 
     with _handled(hear, where=callable):
         yield lambda: bool(heard)
-    for number in heard[:1]:
-        handler = raisers[signal.Signals(number)]
+    if heard:
+        handler = raisers[signal.Signals(heard[0])]
         if callable(handler):
-            handler(number, None)
+            handler(heard[0], None)
         raise KeyboardInterrupt  # the work was ended, whatever the handler thinks
 
 

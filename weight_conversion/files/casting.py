@@ -17,8 +17,9 @@ processor and on where in a tensor it stands; here it is what torch's portable c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -39,14 +40,15 @@ INFINITY = {FLOAT64: 0x7FF << 52, FLOAT32: 0xFF << 23, FLOAT16: 0x1F << 10, BFLO
 """The bits of infinity; a magnitude above it is a NaN."""
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """How many finite numbers became infinite, and how many that were not zero became zero."""
 
     overflowed: int = 0
     vanished: int = 0
 
-    def __add__(self, other: tuple[Any, ...]) -> Loss:
-        return Loss(self.overflowed + other[0], self.vanished + other[1])
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.overflowed + other.overflowed, self.vanished + other.vanished)
 
 
 def unsigned(itemsize: int) -> np.dtype[Any]:

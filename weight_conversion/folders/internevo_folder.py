@@ -146,7 +146,9 @@ class _Shard:
         """The layer numbers that the shard has, by chunk."""
         layers: dict[int, set[int]] = {}
         for name, _ in self.parsed:
-            layers.setdefault(name.chunk, set()).update([name.layer] if name.stem else [])
+            of_chunk = layers.setdefault(name.chunk, set())
+            if name.stem:
+                of_chunk.add(name.layer)
         return layers
 
 

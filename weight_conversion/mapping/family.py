@@ -12,7 +12,7 @@ from ..errors import ConversionError
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.specs import TokenizerSpec
 from . import llama
-from .form import Form, Rope, check_computation, check_settings
+from .form import Form, Rope, bias_setting, require_computation, require_settings
 from .rules import ModelShape
 from .table import Layout, Table
 
@@ -93,6 +93,5 @@ class Family:
 
 def _check_own(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, where: Path) -> None:
     """ConversionError for every setting with which the family's own class computes what training does not."""
-    check_computation(config, shape, where)
-    held = "all" if has_bias else "none"
-    check_settings(config, where, [("bias", has_bias, has_bias, f"its weight files hold {held} of the biases")])
+    require_computation(config, shape, where)
+    require_settings(config, where, [bias_setting("bias", has_bias, absent=has_bias)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConversionError, shown
 from ..tokenizer.specs import TokenizerSpec
@@ -43,29 +43,42 @@ class Form:
     """What to say of a model with biases, which some tools drop."""
 
 
-Setting = tuple[str, Any, Any, str]
-"""A key of config.json, what it means where it is absent, what it must say, and why."""
+class Setting(NamedTuple):
+    """A key of config.json, what it means where it is absent, what it must say, and why."""
+
+    key: str
+    absent: object
+    expected: object
+    why: str
 
 
-def check_computation(config: Mapping[str, Any], shape: ModelShape, where: Path) -> None:
+def bias_setting(key: str, has_bias: bool, *, absent: bool) -> Setting:
+    """The key by which a form says that there are biases."""
+    return Setting(key, absent, has_bias, f"its weight files hold {'all' if has_bias else 'none'} of the biases")
+
+
+def require_computation(config: Mapping[str, Any], shape: ModelShape, where: Path) -> None:
     """ConversionError for settings with which either class computes what the training framework does not."""
+    heads = "both families have hidden_size / num_attention_heads"
     attends_to_all = "both families attend to every earlier token"
     full = ["full_attention"] * shape.num_layers
-    rows: tuple[Setting, ...] = (
-        ("hidden_act", "silu", "silu", "both families have this activation"),
-        ("head_dim", shape.head_dim, shape.head_dim, "both families have hidden_size / num_attention_heads"),
-        ("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head"),
-        ("sliding_window", None, None, attends_to_all),
-        ("attention_chunk_size", None, None, attends_to_all),
-        ("layer_types", full, full, attends_to_all),
-        ("quantization_config", None, None, "the framework loads weights in full"),
+    rows = (
+        Setting("hidden_act", "silu", "silu", "both families have this activation"),
+        Setting("head_dim", shape.head_dim, shape.head_dim, heads),
+        Setting("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head"),
+        Setting("sliding_window", None, None, attends_to_all),
+        Setting("attention_chunk_size", None, None, attends_to_all),
+        Setting("layer_types", full, full, attends_to_all),
+        Setting("quantization_config", None, None, "the framework loads weights in full"),
     )
-    check_settings(config, where, rows)
+    require_settings(config, where, rows)
 
 
-def check_settings(config: Mapping[str, Any], where: Path, rows: Iterable[Setting]) -> None:
+def require_settings(config: Mapping[str, Any], where: Path, rows: Iterable[Setting]) -> None:
     """ConversionError for the first of the settings that says something else."""
-    for key, absent, expected, meaning in rows:
-        found = absent if config.get(key) is None else config[key]
-        if found != expected:
-            raise ConversionError(f"{where}: {key} is {shown(found)}, expected {shown(expected)}: {meaning}.")
+    for setting in rows:
+        found = setting.absent if config.get(setting.key) is None else config[setting.key]
+        if found != setting.expected:
+            raise ConversionError(
+                f"{where}: {setting.key} is {shown(found)}, expected {shown(setting.expected)}: {setting.why}."
+            )

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConversionError, shown
 from ..tokenizer.specs import TokenizerSpec
-from .form import Form, Rope, check_computation, check_settings
+from .form import Form, Rope, Setting, bias_setting, require_computation, require_settings
 from .rules import ModelShape, Separate
 from .table import LAYER, Table
 
@@ -55,17 +55,14 @@ def _config(shape: ModelShape, has_bias: bool, rope: Rope) -> dict[str, Any]:
 
 def _check(config: Mapping[str, Any], shape: ModelShape, has_bias: bool, where: Path) -> None:
     """ConversionError for every setting with which a Llama computes what no InternLM or InternLM2 does."""
-    check_computation(config, shape, where)
-    check_settings(
-        config,
-        where,
-        (
-            ("attention_bias", False, has_bias, f"its weight files hold {'all' if has_bias else 'none'} of the biases"),
-            ("tie_word_embeddings", False, False, "both families have a head of their own"),
-            ("mlp_bias", False, False, "both families have no biases in the MLP"),
-            ("auto_map", None, None, "code beside the weights may compute anything"),
-        ),
+    require_computation(config, shape, where)
+    rows = (
+        bias_setting("attention_bias", has_bias, absent=False),
+        Setting("tie_word_embeddings", False, False, "both families have a head of their own"),
+        Setting("mlp_bias", False, False, "both families have no biases in the MLP"),
+        Setting("auto_map", None, None, "code beside the weights may compute anything"),
     )
+    require_settings(config, where, rows)
     for key in ("rope_parameters", "rope_scaling"):
         settings = config.get(key)
         if isinstance(settings, dict):

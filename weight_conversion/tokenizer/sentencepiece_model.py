@@ -69,14 +69,7 @@ class SentencePieceModel:
     @classmethod
     def read(cls, path: Path) -> SentencePieceModel:
         """Read a model file, or the `tokenizer.model` of a folder; ConversionError if that is not what lies there."""
-        path = path / "tokenizer.model" if path.is_dir() else path
-        if path.exists() and not path.is_dir():
-            check_regular(path)
-        if not path.is_file():
-            raise ConversionError(
-                f"The tokenizer {path} does not exist; pass the SentencePiece model (tokenizer.model) "
-                "that the training data was tokenized with, or the folder that holds it."
-            )
+        path = _model_file(path)
         data = path.read_bytes()
         try:
             _field(data, 0)  # most files of another kind end here, before the library makes copies
@@ -122,6 +115,19 @@ class SentencePieceModel:
     def processor(self) -> sentencepiece.SentencePieceProcessor:
         """Load the model with the library, which encodes and decodes with it."""
         return _processor(self.data)
+
+
+def _model_file(path: Path) -> Path:
+    """Return the model file that `path` is, or holds; ConversionError if there is none, or no regular one."""
+    path = path / "tokenizer.model" if path.is_dir() else path
+    if path.exists() and not path.is_dir():
+        check_regular(path)
+    if not path.is_file():
+        raise ConversionError(
+            f"The tokenizer {path} does not exist; pass the SentencePiece model (tokenizer.model) "
+            "that the training data was tokenized with, or the folder that holds it."
+        )
+    return path
 
 
 def _processor(data: bytes) -> sentencepiece.SentencePieceProcessor:
