@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,6 +37,7 @@ TINY = {
     "internlm2": Shape(hidden=16, layers=2, heads=4, kv_heads=2, vocab=128),
 }
 TIME_LIMIT = 120
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def train_quick_tokenizer(path: Path) -> Path:
@@ -129,6 +131,24 @@ def snapshot(folder: Path, *, times: bool = True) -> dict[str, tuple[Any, ...]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """The files in `folder` by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------- as a program
+
+
+def run_itself(folder: Path, command: tuple[str, list[str]], setting: str, **environment: str) -> Outcome:
+    """The script in a shell in `folder`, its words in "$@", in `setting`; with what was said on the error stream."""
+    script, words = command
+    run = subprocess.run(
+        ["bash", "-c", setting, "bash", sys.executable, str(REPOSITORY / f"{script}.py"), *words],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        cwd=folder,
+        check=False,
+    )
+    return Outcome(run.returncode, run.stderr)
 
 
 # -------------------------------------------------------------------------------------------------------- in a child

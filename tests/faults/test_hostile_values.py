@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults.fault_harness import TINY, assert_refused, quick_folder, run_script, train_quick_tokenizer
-from tests.faults.fault_moments import Place, make_place
+from tests.faults.fault_harness import TINY, assert_refused, run_script
+from tests.faults.fault_moments import Place
 from tests.faults.hostile_pickles import write_archive
 from tests.support.checkpoints import save_model_config
 from weight_conversion.errors import ConversionError, shown
@@ -90,19 +89,6 @@ def test_whatever_a_file_holds_is_shown_short_and_without_control_characters(val
 
 
 # ------------------------------------------------------------------------------------------------- the whole script
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = train_quick_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
-    return make_place(tmp_path_factory.mktemp("internlm2"), "internlm2", tokenizer).root
-
-
-@pytest.fixture
-def place(base: Path) -> Iterator[Place]:
-    with quick_folder() as folder:
-        shutil.copytree(base, folder / "work")
-        yield Place(folder / "work", "internlm2")
 
 
 SETTINGS = {
