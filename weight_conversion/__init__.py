@@ -13,6 +13,7 @@ What flows through, for either direction:
                 plain_pickle       the pickle in a .pt file, of which nothing is run
                 checksums          of the records in it
                 views, dtypes      tensors as places in files, windows on them, and the types of their elements
+                moves, runs        which windows hold the same elements; what of a pair lies in a block
                 copying, casting   moves bytes between files in blocks, and casts them; knows no names and no formats
                 open_files, kinds  reads and writes for several threads, the disk at work meanwhile; no devices or FIFOs
                 stamps             whether files are what they were when they were first read

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from weight_conversion.files import open_files
-from weight_conversion.files.copying import Copier, Move
+from weight_conversion.files.copying import Copier
 from weight_conversion.files.dtypes import FLOAT32
+from weight_conversion.files.moves import Move
 from weight_conversion.files.views import StoredTensor, contiguous_strides
 
 REPOSITORY = Path(__file__).resolve().parents[2]

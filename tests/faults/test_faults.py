@@ -39,8 +39,9 @@ from tests.faults.fault_moments import (
     signalled_while_hanging,
 )
 from tests.support.conversions import FAMILIES
-from weight_conversion.files.copying import Copier, Move
+from weight_conversion.files.copying import Copier
 from weight_conversion.files.dtypes import FLOAT32
+from weight_conversion.files.moves import Move
 from weight_conversion.files.views import StoredTensor
 from weight_conversion.running import convert as convert_module
 from weight_conversion.running import revert as revert_module

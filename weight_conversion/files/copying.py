@@ -37,8 +37,10 @@ from ..signals import held_back
 from .casting import Array, Cast, Loss, unsigned
 from .checksums import crc32
 from .dtypes import FLOAT32, DType
+from .moves import Move, Task
 from .open_files import BLOCK_BYTES, OpenFiles, WriteBehind
-from .views import Pair, StoredTensor
+from .runs import Run, as_run
+from .views import StoredTensor
 
 MAX_WORKERS = 4
 """More threads do not help: two saturate a disk, and four the memory bus of most machines."""
@@ -46,35 +48,8 @@ THREAD_NAMES = "copying"
 POLL_SECONDS, PATIENCE_SECONDS = 0.25, 1.0
 """How often the main thread looks whether it is to end, and how long it then waits for threads that hang."""
 
-Transform = Callable[[Array], None]
 Progress = Callable[[int], None]
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Move:
-    """A full tensor and windows (of it, of parts) that together cover it exactly once.
-
-    Where the types of part and full tensor differ, gathering casts. `transform` changes rows [n, ...] of the gathered
-    tensor, in float32, before they are cast to the type that is written. Scattering does neither.
-    With `back`, `full` is a rank's tensor and the windows are of full ones: reverting gathers it.
-    With `source`, `full` lies in no file: it is what the move `source` would gather.
-    """
-
-    full: StoredTensor
-    pairs: tuple[Pair, ...]
-    transform: Transform | None = None
-    back: bool = False
-    source: Move | None = None
-
-    def __post_init__(self) -> None:
-        covered = sum(math.prod(window.shape) for window, _ in self.pairs)
-        if covered != math.prod(self.full.shape):
-            raise ValueError(f"the parts of {self.full.name} hold {covered} elements, {self.full.shape} is expected")
-
-
-Task = Sequence[Move]
-"""Moves, at least one, that one worker runs in order."""
 
 
 class Copier:
@@ -86,7 +61,7 @@ class Copier:
 
     def gather(self, tasks: Sequence[Task]) -> dict[str, Loss]:
         """Writes every full tensor from its parts; returns what casts lost, by the name of the full tensor."""
-        done = self._run(tasks, _gather, writable={move.full.path for task in tasks for move in task})
+        done = self._on_each(tasks, _gather, writable={move.full.path for task in tasks for move in task})
         return {name: loss for losses in done for name, loss in losses.items() if loss != Loss()}
 
     def scatter(self, tasks: Sequence[Task]) -> dict[Path, dict[str, int]]:
@@ -95,16 +70,18 @@ class Copier:
         writable = {part.tensor.path for move in moves if not move.back for _, part in move.pairs}
         writable |= {move.full.path for move in moves if move.back}
         checksums: dict[Path, dict[str, int]] = {path: {} for path in writable}
-        for done in self._run(tasks, _scatter, writable):
+        for done in self._on_each(tasks, _scatter, writable):
             for tensor, checksum in done.items():
                 checksums[tensor.path][tensor.name] = checksum.value
         return checksums
 
     def differences(self, tasks: Sequence[Task]) -> list[Move]:
         """The moves whose full tensor does not hold what its parts say."""
-        return [move for found in self._run(tasks, _differing, writable=set()) for move in found]
+        return [move for found in self._on_each(tasks, _differing, writable=set()) for move in found]
 
-    def _run(self, tasks: Sequence[Task], work: Callable[[_Worker, Task], Result], writable: set[Path]) -> list[Result]:
+    def _on_each(
+        self, tasks: Sequence[Task], work: Callable[[_Worker, Task], Result], writable: set[Path]
+    ) -> list[Result]:
         """`work` on every task."""
         workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         pool, disk = (ThreadPoolExecutor(count, thread_name_prefix=THREAD_NAMES) for count in (workers, 1))
@@ -217,92 +194,6 @@ def _ended_between_blocks(stop: _Stop) -> Iterator[None]:
                 raise
 
 
-# ------------------------------------------------------------------------------------------------- windows in memory
-
-
-class _Axis(NamedTuple):
-    size: int
-    full: int
-    part: int
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A pair of windows as axes (size, stride in full, stride in part), outermost in the full tensor first."""
-
-    axes: tuple[_Axis, ...]
-    full: int
-    part: int
-    tensor: StoredTensor
-
-    @property
-    def sizes(self) -> list[int]:
-        return [axis.size for axis in self.axes]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.sizes)
-
-    @property
-    def full_span(self) -> int:
-        return 1 + sum((axis.size - 1) * axis.full for axis in self.axes)
-
-    @property
-    def part_span(self) -> int:
-        return 1 + sum((axis.size - 1) * axis.part for axis in self.axes)
-
-    @property
-    def in_one_piece(self) -> bool:
-        return not self.axes or (len(self.axes) == 1 and self.axes[0].full == self.axes[0].part == 1)
-
-    def within(self, begin: int, end: int) -> Iterator[_Run]:
-        """What of this run lies in elements [begin, end) of the full tensor."""
-        if self.full >= end or self.full + self.full_span <= begin:
-            return
-        if begin <= self.full and self.full + self.full_span <= end:
-            yield self
-            return
-        (size, stride, _), inner = self.axes[0], self.axes[1:]
-        span = self.full_span - (size - 1) * stride  # of one index of the outermost axis
-        touched = range(max(0, (begin - self.full - span) // stride + 1), min(size, -(-(end - self.full) // stride)))
-        first = max(touched.start, -(-(begin - self.full) // stride))
-        last = max(first, min(touched.stop, (end - self.full - span) // stride + 1))
-        for index in range(touched.start, min(first, touched.stop)):
-            yield from self._at(index, 1, inner).within(begin, end)
-        if first < last:
-            yield self._at(first, last - first, inner)
-        for index in range(max(last, first), touched.stop):
-            yield from self._at(index, 1, inner).within(begin, end)
-
-    def _at(self, index: int, count: int, inner: tuple[_Axis, ...]) -> _Run:
-        _, full, part = self.axes[0]
-        axes = inner if count == 1 else (_Axis(count, full, part), *inner)
-        return _Run(axes, self.full + index * full, self.part + index * part, self.tensor)
-
-
-def _as_run(pair: Pair) -> _Run:
-    """A pair with its axes in the order of the full tensor, those that continue each other merged."""
-    window, part = pair
-    axes = [_Axis(*axis) for axis in zip(window.shape, window.strides, part.strides, strict=True) if axis[0] != 1]
-    merged: list[_Axis] = []
-    for axis in sorted(axes, key=lambda axis: -axis.full):
-        outer = merged[-1] if merged else None
-        if outer and outer.full == axis.full * axis.size and outer.part == axis.part * axis.size:
-            merged[-1] = _Axis(outer.size * axis.size, axis.full, axis.part)
-        else:
-            merged.append(axis)
-    return _Run(tuple(merged), window.offset, part.offset, part.tensor)
-
-
-def _blocks(move: Move, dtype: DType) -> Iterator[tuple[int, int]]:
-    """Element ranges of the full tensor: whole rows, about BLOCK_BYTES each as `dtype`."""
-    total = math.prod(move.full.shape)
-    row = total // move.full.shape[0] if total else 1
-    rows = max(1, BLOCK_BYTES // (row * dtype.itemsize))
-    for begin in range(0, total, rows * row):
-        yield begin, min(total, begin + rows * row)
-
-
 # ------------------------------------------------------------------------------------------------------------- work
 
 
@@ -312,7 +203,7 @@ class _Block(NamedTuple):
     elements: Array
     bytes: memoryview
 
-    def window(self, run: _Run, strides: Sequence[int], start: int = 0) -> Array:
+    def window(self, run: Run, strides: Sequence[int], start: int = 0) -> Array:
         """Elements in the sizes of a run, with `strides`, from element `start` on."""
         itemsize = self.elements.itemsize
         in_bytes = [stride * itemsize for stride in strides]
@@ -367,7 +258,7 @@ class _Worker:
         if self.stop.asked:
             raise _StoppedError
 
-    def read_part(self, run: _Run, block: _Block, begin: int) -> None:
+    def read_part(self, run: Run, block: _Block, begin: int) -> None:
         """Fills what a run covers of a block, elements from `begin` on of a full tensor, from the run's part."""
         part, itemsize = run.tensor, run.tensor.dtype.itemsize
         start, offset = run.full - begin, part.offset + run.part * itemsize
@@ -379,7 +270,7 @@ class _Worker:
         source = scratch.window(run, [axis.part for axis in run.axes])
         np.copyto(block.window(run, [axis.full for axis in run.axes], start), source)
 
-    def write_part(self, run: _Run, block: _Block, begin: int, checksum: _Checksum) -> None:
+    def write_part(self, run: Run, block: _Block, begin: int, checksum: _Checksum) -> None:
         """Writes what a run covers of a block, elements from `begin` on of a full tensor, into the run's part."""
         part, itemsize = run.tensor, run.tensor.dtype.itemsize
         start = run.full - begin
@@ -395,7 +286,7 @@ class _Worker:
         checksum.add(run.part * itemsize, content)
         self.files.write(part.path, part.offset + run.part * itemsize, content)
 
-    def gathered(self, move: Move, runs: Sequence[_Run], begin: int, end: int) -> tuple[_Block, Loss]:
+    def gathered(self, move: Move, runs: Sequence[Run], begin: int, end: int) -> tuple[_Block, Loss]:
         """Elements [begin, end) of the full tensor as parts, transform and cast give them."""
         source, target = runs[0].tensor.dtype, move.full.dtype
         block = self.block.take(end - begin, target)
@@ -419,6 +310,15 @@ class _Worker:
         return self.casts[source, target]
 
 
+def _blocks(move: Move, dtype: DType) -> Iterator[tuple[int, int]]:
+    """Element ranges of the full tensor: whole rows, about BLOCK_BYTES each as `dtype`."""
+    total = math.prod(move.full.shape)
+    row = total // move.full.shape[0] if total else 1
+    rows = max(1, BLOCK_BYTES // (row * dtype.itemsize))
+    for begin in range(0, total, rows * row):
+        yield begin, min(total, begin + rows * row)
+
+
 def _gather(worker: _Worker, task: Task) -> dict[str, Loss]:
     losses: dict[str, Loss] = {}
     for move in task:
@@ -430,7 +330,7 @@ def _gather(worker: _Worker, task: Task) -> dict[str, Loss]:
 
 def _gathered_blocks(worker: _Worker, move: Move) -> Iterator[tuple[int, memoryview, Loss]]:
     """Writes a full tensor from its parts; (offset in it, bytes, what casting lost) of each block that was written."""
-    full, runs = move.full, [_as_run(pair) for pair in move.pairs]
+    full, runs = move.full, [as_run(pair) for pair in move.pairs]
     for begin, end in _blocks(move, runs[0].tensor.dtype):
         block, loss = worker.gathered(move, runs, begin, end)
         offset = begin * full.dtype.itemsize
@@ -447,7 +347,7 @@ def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
             for offset, written, _ in _gathered_blocks(worker, move):
                 checksum.add(offset, written)
             continue
-        runs = [_as_run(pair) for pair in move.pairs]
+        runs = [as_run(pair) for pair in move.pairs]
         for begin, end, block in _full_blocks(worker, move):
             for run in runs:
                 for piece in run.within(begin, end):
@@ -460,7 +360,7 @@ def _scatter(worker: _Worker, task: Task) -> dict[StoredTensor, _Checksum]:
 def _full_blocks(worker: _Worker, move: Move) -> Iterator[tuple[int, int, _Block]]:
     """The blocks of a full tensor: read, or gathered where it lies in no file."""
     full, source = move.full, move.source
-    runs = [] if source is None else [_as_run(pair) for pair in source.pairs]
+    runs = [] if source is None else [as_run(pair) for pair in source.pairs]
     for begin, end in _blocks(move, full.dtype):
         if source is not None:
             yield begin, end, worker.gathered(source, runs, begin, end)[0]
@@ -476,7 +376,7 @@ def _differing(worker: _Worker, task: Task) -> list[Move]:
 
 def _holds_its_parts(worker: _Worker, move: Move) -> bool:
     """Whether a full tensor, as it lies in its file or as it would be gathered, is what its parts say."""
-    runs = [_as_run(pair) for pair in move.pairs]
+    runs = [as_run(pair) for pair in move.pairs]
     for begin, end, full in _full_blocks(worker, move):
         worker.block, worker.kept = worker.kept, worker.block
         parts, _ = worker.gathered(move, runs, begin, end)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConversionError, shown
-from ..files.copying import Move
 from ..files.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from ..files.moves import Move
 from ..files.views import StoredTensor, TensorSpec
 from ..folders.grid import Grid, Group
 from ..folders.internevo_folder import TrainingCheckpoint

@@ -12,8 +12,9 @@ import numpy as np
 from .. import PROJECT, __version__
 from ..errors import ConversionError, naming, shown
 from ..files.casting import Array, Loss, narrows
-from ..files.copying import Copier, Task
+from ..files.copying import Copier
 from ..files.dtypes import BFLOAT16, FLOAT16, DType
+from ..files.moves import Task
 from ..files.safetensors_file import read_header
 from ..files.stamps import check_unchanged
 from ..files.views import TensorSpec

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, UndecidedError, listed, naming, shown
-from ..files.copying import Copier, Move, Task
+from ..files.copying import Copier
+from ..files.moves import Move, Task
 from ..files.plain_pickle import dumps
 from ..files.stamps import Stamps, check_unchanged
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConversionError, shown
-from ..files.copying import Copier, Move
+from ..files.copying import Copier
+from ..files.moves import Move
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..mapping.family import Family
 from ..mapping.matching import Parts, match_training
