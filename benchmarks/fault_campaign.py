@@ -94,44 +94,62 @@ def layouts(count: int, random: Random, tokenizer: Path) -> Iterable[Line]:
 def damage(arguments: argparse.Namespace, random: Random, tokenizer: Path) -> Iterable[Line]:
     """Cut files and changed bytes, under --verify."""
     for kind, source in SOURCES.items():
-        what = source.what
+        has_checksums = kind != "safetensors"
         with quick_folder() as folder:
             subjects = [Subject(folder / family, family, kind, tokenizer) for family in FAMILIES]
-            cuts = Line(f"{what}: a file cut at a random length")
-            for _ in range(arguments.cuts):
-                subject = random.choice(subjects)
-                path = random.choice(subject.weights + subject.settings)
-                _try(cuts, subject, path, with_cut(path, length := random.randrange(path.stat().st_size)), f"{length}")
-            yield cuts
-            others = Line(f"{what}: {', '.join(KINDS)} for a file")
-            for subject in subjects:
-                for path in subject.weights + subject.settings:
-                    for other, make in KINDS.items():
-                        others.add(f"{path} {other}", lambda: [subject.check_replaced(path, make)])  # noqa: B023
-            yield others
-            if kind != "safetensors":
-                yield pickles(what, subjects)
+            yield cut_files(source.what, subjects, arguments.cuts, random)
+            yield other_kinds(source.what, subjects)
+            if has_checksums:
+                yield pickles(source.what, subjects)
             for group, name in (
                 ("weights", "of the weight files outside tensors"),
                 ("settings", "of index and config"),
             ):
                 every = f"one in {arguments.one_byte_in} bytes" if arguments.one_byte_in > 1 else "every byte"
-                flips = Line(f"{what}: {every} {name} changed, {arguments.masks} ways")
+                flips = Line(f"{source.what}: {every} {name} changed, {arguments.masks} ways")
                 for subject in subjects:
                     for path in getattr(subject, group):
-                        for position in structure(path)[:: arguments.one_byte_in]:
-                            for mask in random.sample(range(1, 256), arguments.masks):
-                                _try(flips, subject, path, with_flip(path, position, mask), f"{position} {mask}")
+                        flip_structure(flips, subject, path, arguments, random)
                 if flips.verdicts:
                     yield flips
-            if kind != "safetensors":
-                tensors = Line(f"{what}: a random byte of a tensor changed")
-                for _ in range(arguments.payload):
-                    subject = random.choice(subjects)
-                    path = random.choice([path for path in subject.weights if path.name != "model_config.pt"])
-                    position, mask = random.choice(payload(path)), random.randrange(1, 256)
-                    _try(tensors, subject, path, with_flip(path, position, mask), f"{position} {mask}")
-                yield tensors
+            if has_checksums:
+                yield flipped_tensors(source.what, subjects, arguments.payload, random)
+
+
+def cut_files(what: str, subjects: list[Subject], count: int, random: Random) -> Line:
+    line = Line(f"{what}: a file cut at a random length")
+    for _ in range(count):
+        subject = random.choice(subjects)
+        path = random.choice(subject.weights + subject.settings)
+        _try(line, subject, path, with_cut(path, length := random.randrange(path.stat().st_size)), f"{length}")
+    return line
+
+
+def other_kinds(what: str, subjects: list[Subject]) -> Line:
+    """What is no file under the name of each one."""
+    line = Line(f"{what}: {', '.join(KINDS)} for a file")
+    for subject in subjects:
+        for path in subject.weights + subject.settings:
+            for other, make in KINDS.items():
+                line.add(f"{path} {other}", lambda: [subject.check_replaced(path, make)])  # noqa: B023
+    return line
+
+
+def flip_structure(line: Line, subject: Subject, path: Path, arguments: argparse.Namespace, random: Random) -> None:
+    """Changes bytes of a file that are not a tensor's, one at a time."""
+    for position in structure(path)[:: arguments.one_byte_in]:
+        for mask in random.sample(range(1, 256), arguments.masks):
+            _try(line, subject, path, with_flip(path, position, mask), f"{position} {mask}")
+
+
+def flipped_tensors(what: str, subjects: list[Subject], count: int, random: Random) -> Line:
+    line = Line(f"{what}: a random byte of a tensor changed")
+    for _ in range(count):
+        subject = random.choice(subjects)
+        path = random.choice([path for path in subject.weights if path.name != "model_config.pt"])
+        position, mask = random.choice(payload(path)), random.randrange(1, 256)
+        _try(line, subject, path, with_flip(path, position, mask), f"{position} {mask}")
+    return line
 
 
 def pickles(what: str, subjects: list[Subject]) -> Line:
