@@ -283,6 +283,33 @@ def test_a_config_that_is_not_the_trained_one_is_named(
     assert f"{nowhere} is missing. --config takes the config.json of the class that training ran on" in found
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"head_dim": 64}, "head_dim is 64"),
+        ({"bias": True}, "bias is True, expected False"),
+        ({"model_type": "mistral"}, "is of model_type 'mistral'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_class_that_computed_otherwise_is_refused_by_name(
+    family: str,
+    change: dict[str, Any],
+    words: str,
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The folder would say what the families have, and its model give other logits than training."""
+    build(tmp_path / "a", family, hf_class=True)
+    build(tmp_path / "native", family)
+    convert(family, tmp_path / "native", tmp_path / "class", tokenizer)
+    change_settings(tmp_path / "class", change)
+    assert words in convert_refusal(family, tmp_path / "a", tokenizer, capsys, "--config", str(tmp_path / "class"))
+
+
 @pytest.mark.parametrize("choices", [{}, {"wp": 4}, {"fused": False}], ids=str)
 def test_key_value_heads_are_those_of_the_weights(choices: dict[str, Any], tokenizer: Path, tmp_path: Path) -> None:
     """Where model_config.pt does not say how many there are."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConversionError
+from ..errors import ConversionError, shown
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..tokenizer.specs import TokenizerSpec
 from . import llama
@@ -64,6 +64,16 @@ class Family:
             bias_warning=self.bias_warning,
         )
         return {form.model_type: form for form in (own, llama.llama_form(self.table, self.tokenizer))}
+
+    def form_of(self, config: Mapping[str, Any], where: Path) -> Form:
+        """The form whose class has this config.json; ConversionError where the family has none."""
+        form = self.forms.get(str(config.get("model_type")))
+        if form is None:
+            raise ConversionError(
+                f"{where} is of model_type {shown(config.get('model_type'))}, expected "
+                f"{' or '.join(map(repr, self.forms))}. Each family has its own script."
+            )
+        return form
 
     def _own_config(self, shape: ModelShape, has_bias: bool, rope: Rope) -> dict[str, Any]:
         modeling = f"modeling_{self.model_type}.{self.name}"

@@ -37,7 +37,7 @@ from ..mapping.form import Form, Rope
 from ..mapping.hf_settings import hf_rope, training_settings
 from ..mapping.matching import Match
 from ..mapping.rules import ModelShape
-from ..mapping.sizes import positive_number
+from ..mapping.sizes import hf_shape, positive_number
 from ..mapping.training_settings import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE
 from ..tokenizer.prepared import TokenizerFacts, TokenizerFiles
 from .meanwhile import Meanwhile
@@ -132,13 +132,13 @@ def _rounded(source: _Source, dtype: DType) -> str:
 
 def _understand(family: Family, form: Form, request: ConvertRequest, reporter: Reporter) -> _Source:
     check_checkpoint(request.source)
-    checkpoint = _with_true_settings(read_checkpoint(request.source), request, reporter)
+    checkpoint = _with_true_settings(family, read_checkpoint(request.source), request, reporter)
     found = understood(family, form.table, checkpoint, request.version, reporter.warn)
     return _Source(**vars(found), normalized=form.head if _normalizes_head(checkpoint, request) else None)
 
 
 def _with_true_settings(
-    checkpoint: TrainingCheckpoint, request: ConvertRequest, reporter: Reporter
+    family: Family, checkpoint: TrainingCheckpoint, request: ConvertRequest, reporter: Reporter
 ) -> TrainingCheckpoint:
     """Of training on a Hugging Face class, whose settings model_config.pt does not hold, those of `request.config`."""
     if checkpoint.is_of_hf_class and request.config is None:
@@ -156,7 +156,10 @@ def _with_true_settings(
         )
     where = request.config / CONFIG if request.config.is_dir() else request.config
     advice = "--config takes the config.json of the class that training ran on, or a folder with one."
-    settings = training_settings(read_json(where, advice), where, reporter.warn)
+    config = read_json(where, advice)
+    has_bias = any(name.endswith(".bias") for name in checkpoint.tensors)
+    family.form_of(config, where).check(config, hf_shape(config, where), has_bias, where)
+    settings = training_settings(config, where, reporter.warn)
     return checkpoint.of_hf_class(settings, where)
 
 

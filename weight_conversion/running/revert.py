@@ -152,12 +152,7 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
             "takes safetensors first)."
         )
     where = request.source / CONFIG
-    form = family.forms.get(str(folder.config.get("model_type")))
-    if form is None:
-        raise ConversionError(
-            f"{where} is of model_type {shown(folder.config.get('model_type'))}, expected "
-            f"{' or '.join(map(repr, family.forms))}. Each family has its own script."
-        )
+    form = family.form_of(folder.config, where)
     shape = hf_shape(folder.config, where)
     family.check_heads(shape, where)
     _check_sizes(request, shape, where)
