@@ -16,7 +16,7 @@ from ..files.stamps import Stamps, check_unchanged
 from ..files.torch_file import TorchFileWriter, check_records, read_state_dict
 from ..files.views import StoredTensor, TensorSpec, contiguous_strides
 from ..folders.grid import ISP_2025_FILES, ISP_FILES, TENSOR_PARALLEL_FILES, Grid, grid_of
-from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, has_weights, read_folder, verify_files
+from ..folders.hf_folder import CONFIG, SAFETENSORS, TORCH, HFFolder, has_weights, read_folder, verify_files
 from ..folders.internevo_folder import (
     MODEL_CONFIG,
     TrainingCheckpoint,
@@ -139,18 +139,7 @@ def _understand(family: Family, request: RevertRequest, reporter: Reporter) -> _
 
 
 def _understand_folder(family: Family, request: RevertRequest, reporter: Reporter) -> _Source:
-    weights = SAFETENSORS
-    if not request.safetensors:
-        weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
-    folder = read_folder(request.source, weights)
-    if not request.safetensors:
-        reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
-    if folder.passed_over:
-        reporter.warn(
-            f"{request.source} also holds {listed(folder.passed_over)}, not read: a single file comes before an index, "
-            "files of an index before others, and .bin before safetensors unless --safetensors is given (transformers "
-            "takes safetensors first)."
-        )
+    folder = _folder_of_weights(request, reporter)
     where = request.source / CONFIG
     form = family.form_of(folder.config, where)
     shape = hf_shape(folder.config, where)
@@ -174,6 +163,23 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
         stamps=folder.stamps,
         verify_files=lambda: verify_files(folder),
     )
+
+
+def _folder_of_weights(request: RevertRequest, reporter: Reporter) -> HFFolder:
+    """The folder with the weights of one format: .bin where there are such, unless safetensors are asked for."""
+    weights = SAFETENSORS
+    if not request.safetensors:
+        weights = TORCH if has_weights(request.source, TORCH) else SAFETENSORS
+    folder = read_folder(request.source, weights)
+    if not request.safetensors:
+        reporter.note(f"reading {weights.single.rpartition('.')[2]} weights of {request.source}")
+    if folder.passed_over:
+        reporter.warn(
+            f"{request.source} also holds {listed(folder.passed_over)}, not read: a single file comes before an index, "
+            "files of an index before others, and .bin before safetensors unless --safetensors is given (transformers "
+            "takes safetensors first)."
+        )
+    return folder
 
 
 def _check_tied(form: Form, tensors: Mapping[str, StoredTensor], where: Path) -> None:
