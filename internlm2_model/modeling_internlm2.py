@@ -136,7 +136,8 @@ def weigh_by_slot(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     cache one slot shorter than the text. So a small kernel writes them in rows of g, with zeros up to a multiple of 8.
     """
     groups = weights.shape[2]
-    by_slot = F.pad(weights.transpose(2, 3), (0, -groups % 8))  # [B, k, S, g + zeros]
+    zeros = (8 - groups % 8) % 8  # torch 2.9 compiles -groups % 8 wrongly where groups is a symbol
+    by_slot = F.pad(weights.transpose(2, 3), (0, zeros))  # [B, k, S, g + zeros]
     return (by_slot.transpose(2, 3) @ value)[:, :, :groups]
 
 
