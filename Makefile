@@ -27,7 +27,7 @@ test: lint
 
 # The model and training tests on other kernels than this processor's own, one set after the other.
 KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2 \
-	OMP_NUM_THREADS=1
+	OMP_NUM_THREADS=1 OMP_NUM_THREADS=3
 ON_KERNELS := -m pytest -n 2 --dist worksteal tests/models tests/training
 
 test-kernels: $(READY)
@@ -71,9 +71,10 @@ compat-environments: $(READY)
 compat: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py
 
-# The oldest and the newest version only.
+# The oldest and the newest version only, and the tests of the models on the oldest.
 compat-ci: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/versions/compatibility.py 4.57.6 5.24.0
+	PYTHONPATH=.compat/4.57.6 $(BIN)/python -m pytest -n 2 --dist worksteal tests/models tests/gpu
 
 # The column of what the package index has as newest today, unpinned, and of release candidates. Before a release.
 newest: $(READY)
