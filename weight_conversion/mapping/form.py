@@ -52,9 +52,17 @@ class Setting(NamedTuple):
     why: str
 
 
+def hold_biases(names: Iterable[str]) -> bool:
+    """Whether there are biases among tensors of these names."""
+    return any(name.endswith(".bias") for name in names)
+
+
 def bias_setting(key: str, has_bias: bool, *, absent: bool) -> Setting:
     """The key by which a form says that there are biases."""
     return Setting(key, absent, has_bias, f"its weight files hold {'all' if has_bias else 'none'} of the biases")
+
+
+WHOLE_HEAD = Setting("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head")
 
 
 def require_computation(config: Mapping[str, Any], shape: ModelShape, where: Path) -> None:
@@ -65,7 +73,7 @@ def require_computation(config: Mapping[str, Any], shape: ModelShape, where: Pat
     rows = (
         Setting("hidden_act", "silu", "silu", "both families have this activation"),
         Setting("head_dim", shape.head_dim, shape.head_dim, heads),
-        Setting("partial_rotary_factor", 1.0, 1.0, "both families turn all of a head"),
+        WHOLE_HEAD,
         Setting("sliding_window", None, None, attends_to_all),
         Setting("attention_chunk_size", None, None, attends_to_all),
         Setting("layer_types", full, full, attends_to_all),

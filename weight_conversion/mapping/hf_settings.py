@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, shown
-from .form import Rope
+from .form import WHOLE_HEAD, Rope
 from .sizes import hf_shape, positive_integer, positive_number
 from .training_settings import DEFAULT_NORM_EPSILON, DEFAULT_ROPE_BASE
 
@@ -15,7 +15,6 @@ HF_NORM_EPSILON, HF_ROPE_BASE, HF_POSITIONS = 1e-6, 10000, 2048
 """What the configuration classes take where config.json says nothing."""
 FACTORS = ("factor", "scaling_factor")
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "base", *FACTORS}
-WHOLE_HEAD = ("partial_rotary_factor", 1.0)
 
 
 def training_settings(config: Mapping[str, Any], where: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def _settings(config: Mapping[str, Any], key: str, where: Path) -> Mapping[str, 
     unknown = sorted(
         name
         for name, setting in value.items()
-        if name not in ROPE_KEYS and setting is not None and (name, setting) != WHOLE_HEAD
+        if name not in ROPE_KEYS and setting is not None and (name, setting) != (WHOLE_HEAD.key, WHOLE_HEAD.expected)
     )
     if unknown:
         raise ConversionError(f"{where}: {key} has {shown(unknown[0])}, which is no setting of either family.")

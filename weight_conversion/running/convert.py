@@ -33,7 +33,7 @@ from ..folders.internevo_folder import MODEL_CONFIG, TrainingCheckpoint, read_ch
 from ..folders.model_folder import HUGGING_FACE
 from ..folders.sources import check_checkpoint
 from ..mapping.family import Family
-from ..mapping.form import Form, Rope
+from ..mapping.form import Form, Rope, hold_biases
 from ..mapping.hf_settings import hf_rope, training_settings
 from ..mapping.matching import Match
 from ..mapping.rules import ModelShape
@@ -157,7 +157,7 @@ def _with_true_settings(
     where = request.config / CONFIG if request.config.is_dir() else request.config
     advice = "--config takes the config.json of the class that training ran on, or a folder with one."
     config = read_json(where, advice)
-    has_bias = any(name.endswith(".bias") for name in checkpoint.tensors)
+    has_bias = hold_biases(checkpoint.tensors)
     family.form_of(config, where).check(config, hf_shape(config, where), has_bias, where)
     settings = training_settings(config, where, reporter.warn)
     return checkpoint.of_hf_class(settings, where)

@@ -30,7 +30,7 @@ from ..folders.numbering import Numbering, shared_out
 from ..folders.sources import is_checkpoint
 from ..mapping.choices import HALVES, HIDDEN_SPLIT, VOCABULARY_SPLIT, common_choices
 from ..mapping.family import Family
-from ..mapping.form import Form
+from ..mapping.form import Form, hold_biases
 from ..mapping.hf_settings import HF_NORM_EPSILON, hf_settings, rope_of
 from ..mapping.matching import Match, copies_of, match_hf, part_shapes, part_specs
 from ..mapping.rows import whole_embedding_name
@@ -148,7 +148,7 @@ def _understand_folder(family: Family, request: RevertRequest, reporter: Reporte
     tensors = dict(folder.tensors)
     if folder.config.get("tie_word_embeddings") and form.embedding in tensors:
         tensors.setdefault(form.head, tensors[form.embedding])
-    has_bias = any(name.endswith(".bias") for name in tensors)
+    has_bias = hold_biases(tensors)
     form.check(folder.config, shape, has_bias, where)
     layout = _layout(family, request, has_bias, frozenset())
     fulls = match_hf(tensors, form.table, layout, shape, str(request.source))
@@ -185,6 +185,8 @@ def _folder_of_weights(request: RevertRequest, reporter: Reporter) -> HFFolder:
 def _check_tied(form: Form, tensors: Mapping[str, StoredTensor], where: Path) -> None:
     """ConversionError where the head is not the embedding to which config.json ties it."""
     head, embedding = tensors[form.head], tensors[form.embedding]
+    if head is embedding:  # the folder has no head of its own
+        return
     moves = [Move(head, ((head.view(), embedding.view()),))]
     if head.dtype != embedding.dtype or any(Copier(lambda _: None).differences([moves])):
         raise ConversionError(

@@ -11,6 +11,7 @@ from ..files.copying import Copier
 from ..files.moves import Move
 from ..folders.internevo_folder import TrainingCheckpoint
 from ..mapping.family import Family
+from ..mapping.form import hold_biases
 from ..mapping.matching import Parts, match_training
 from ..mapping.rules import ModelShape
 from ..mapping.sizes import training_shape
@@ -29,7 +30,7 @@ class Understood:
 
     @property
     def has_bias(self) -> bool:
-        return any(name.endswith(".bias") for entry, _ in self.parts for name in entry.hf)
+        return hold_biases(name for entry, _ in self.parts for name in entry.hf)
 
 
 def understood(
